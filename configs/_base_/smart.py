@@ -1,0 +1,26 @@
+# One more base file that turns a stock training config into a pruning run:
+#
+#     _base_ = ['mmpretrain::resnet/resnet18_8xb16_cifar10.py', 'mmsmart::_base_/smart.py']
+#     smart = dict(sparsity=0.8)
+#
+# Every stock tools/train.py builds the runner that `runner_type` names. Below are the defaults;
+# docs/configuration.md says what each key does.
+runner_type = 'mmsmart.SmartRunner'
+smart = dict(
+    # share of the prunable weights to remove, in [0, 1)
+    sparsity=0.5,
+    # (out, in, kh, kw); -1 is the whole axis
+    block=(16, 8, 1, 1),
+    # what the budget counts
+    resource='params',
+    # 'smart', or 'magnitude' for one-shot magnitude pruning
+    method='smart',
+    # shares of the run's iterations; they add up to 1
+    stages=dict(pretrain=0.0, search=0.6, finetune=0.4),
+    # softness of the mask, falling over the search: 'geometric', 'linear' or 'cosine'
+    temperature=dict(start=3.0, end=0.01, shape='geometric'),
+    # start from weights and activations of some batches, or 'magnitude' for weights alone
+    importance=dict(init='activation', batches=8, lr=0.02, optimizer=dict(type='Adam')),
+    # overrides by name, such as dict(pattern='head', exclude=True)
+    layers=[],
+)

@@ -1,0 +1,272 @@
+"""What a block is, and which layers of a network are cut into blocks.
+
+A block is the smallest set of weights that is kept or pruned whole. Its shape is written
+`(out, in, kh, kw)` whatever the layer: :func:`find_layers` turns it to the axes of each layer's own
+weight, clips it to the layer's size and lets the blocks at the far edges be smaller, so that no
+layer is dropped or padded because it does not divide. Blocks of a grouped convolution never straddle
+two groups.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmsmart.functional import block_expand, block_grid, block_reduce, block_sizes
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+PRUNABLE = (*_CONVOLUTIONS, *TRANSPOSED, nn.Linear)
+
+# Layers that rebuild their weight from the parameter before using it (weight standardisation): a
+# zero in the parameter is not a zero in the convolution.
+_STANDARDISED = ('ConvWS2d', 'ConvAWS2d', 'StdConv2d', 'StdConv2dSame', 'ScaledStdConv2d')
+
+
+@dataclass(frozen=True)
+class BlockLayer:
+    """One layer whose weight is cut into blocks.
+
+    The weight is seen with the groups of a grouped layer as a leading axis, `view_shape`; `block`
+    has one entry for each axis of that view.
+
+    Args:
+        name: Name of the module inside the model, as in `named_modules()`.
+        module: The layer, which owns the parameter `weight`.
+        view_shape: Shape in which the weight is cut.
+        block: Block on the axes of `view_shape`, every entry between 1 and the axis' length.
+    """
+
+    name: str
+    module: nn.Module
+    view_shape: tuple[int, ...]
+    block: tuple[int, ...]
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The parameter that is pruned, in the layer's own shape."""
+        return self.module.weight
+
+    @property
+    def groups(self) -> int:
+        """Number of groups of a grouped convolution; 1 for every other layer."""
+        return getattr(self.module, 'groups', 1)
+
+    @property
+    def input_axis(self) -> int:
+        """Axis of `view_shape` that runs over the input channels (of one group)."""
+        first = len(self.view_shape) - self.weight.ndim
+        return first if isinstance(self.module, TRANSPOSED) else first + 1
+
+    @property
+    def weight_block(self) -> tuple[int, ...]:
+        """Block on the axes of the weight itself, without the axis of the groups."""
+        return self.block[len(self.block) - self.weight.ndim :]
+
+    @property
+    def num_blocks(self) -> int:
+        grid = block_grid(self.view_shape, self.block)
+        return int(torch.tensor(grid).prod())
+
+    def reduce(self, values: Tensor) -> Tensor:
+        """Sum a tensor shaped like the weight over every block; gives `(num_blocks,)`."""
+        return block_reduce(values.reshape(self.view_shape), self.block).flatten()
+
+    def expand(self, values: Tensor) -> Tensor:
+        """Spread one value a block, `(num_blocks,)`, over a tensor shaped like the weight."""
+        values = values.reshape(block_grid(self.view_shape, self.block))
+        return block_expand(values, self.view_shape, self.block).reshape(self.weight.shape)
+
+    def map_of(self, values: Tensor) -> Tensor:
+        """Mean of the block values over kernel positions, `(output blocks, input blocks)`.
+
+        The groups of a grouped layer stand below each other.
+        """
+        grid = block_grid(self.view_shape, self.block)
+        first = len(self.view_shape) - self.weight.ndim
+        image = values.float().reshape(*grid[: first + 2], -1).mean(-1)
+        if isinstance(self.module, TRANSPOSED):
+            image = image.transpose(-1, -2)
+        return image.reshape(-1, image.shape[-1])
+
+    def sizes(self) -> Tensor:
+        """Number of weights in every block, int64 `(num_blocks,)`."""
+        return block_sizes(self.view_shape, self.block).flatten()
+
+
+@dataclass(frozen=True)
+class Excluded:
+    """A weight that stays dense, and why."""
+
+    name: str
+    reason: str
+
+
+def find_layers(
+    model: nn.Module,
+    block: Sequence[int] = (16, 8, 1, 1),
+    overrides: Sequence[dict[str, Any]] = (),
+) -> tuple[list[BlockLayer], list[Excluded]]:
+    """Every weight of two or more axes is either cut into blocks or excluded with a reason.
+
+    Args:
+        model: Any module. Nothing in it is changed.
+        block: `(out, in, kh, kw)`; -1 is the whole axis. A layer with fewer kernel axes drops the
+            last entries, one with more repeats the last.
+        overrides: Rules by name, `dict(pattern=..., block=..., exclude=...)`, later rules win.
+            A pattern is a shell pattern over the layer's name (`'head.*'`); without a wildcard it
+            also matches everything below that name (`'backbone.layer1'`).
+
+    Returns:
+        The layers in the order of `model.named_modules()`, and what was left out.
+
+    Raises:
+        ValueError: For a block with a zero or of the wrong length, or one that is larger than
+            every layer; for a rule with an unknown key or a pattern that matches no weight; if
+            nothing is left to prune.
+
+    Example:
+        >>> layers, excluded = find_layers(nn.Sequential(nn.Conv2d(3, 20, 3), nn.BatchNorm2d(20)))
+        >>> layers[0].name, layers[0].block, layers[0].num_blocks
+        ('0', (16, 3, 1, 1), 18)
+    """
+    block = _checked_block('block', block)
+    rules = [_checked_rule(index, rule) for index, rule in enumerate(overrides)]
+    matched = [False] * len(rules)
+    layers: list[BlockLayer] = []
+    excluded: list[Excluded] = []
+    fits: dict[tuple[int, ...], bool] = {}
+    seen: dict[int, str] = {}
+    for name, module in model.named_modules():
+        layer_block, exclude = block, False
+        for index, rule in enumerate(rules):
+            if _matches(rule['pattern'], name):
+                matched[index] = matched[index] or _has_weight(module)
+                layer_block = rule.get('block', layer_block)
+                exclude = rule.get('exclude', exclude)
+        reason = 'excluded by a rule of `layers`' if exclude else _reason_to_exclude(module, seen)
+        for key, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim < 2:
+                continue
+            if key != 'weight' or reason:
+                why = reason or 'not the weight of a convolution or linear layer'
+                excluded.append(Excluded(name if key == 'weight' else f'{name}.{key}', why))
+                continue
+            seen[id(parameter)] = name
+            layer = _cut(name, module, layer_block)
+            layers.append(layer)
+            whole = _block_on_axes(layer_block, module)
+            fits[layer_block] = fits.get(layer_block, False) or all(
+                wanted <= size for wanted, size in zip(whole, layer.view_shape)
+            )
+    for rule, found in zip(rules, matched):
+        if not found:
+            raise ValueError(
+                f'layers: the pattern {rule["pattern"]!r} matches no layer with a weight. '
+                f'Names look like {_some_names(layers)}; wildcards are `*` and `?`.'
+            )
+    if not layers:
+        reasons = sorted({item.reason for item in excluded}) or ['the model has no weights']
+        raise ValueError(
+            f'no prunable layer is left in {type(model).__name__}: {"; ".join(reasons)}. '
+            'Loosen the rules of `layers`, or unfreeze the layers to be pruned.'
+        )
+    for wanted, fit in fits.items():
+        if not fit:
+            largest = max((tuple(layer.weight.shape) for layer in layers), key=lambda s: (s[0], s))
+            raise ValueError(
+                f'block: {wanted} is larger than every layer it applies to (the widest weight is '
+                f'{largest}). Choose a smaller block, or -1 for a whole axis.'
+            )
+    return layers, excluded
+
+
+def _checked_block(key: str, block: Sequence[int]) -> tuple[int, ...]:
+    if isinstance(block, str) or not isinstance(block, Sequence) or len(block) < 2:
+        raise ValueError(
+            f'{key}: expected (out, in, kh, kw), for example (16, 8, 1, 1), got {block!r}.'
+        )
+    for entry in block:
+        if isinstance(entry, bool) or not isinstance(entry, int) or (entry < 1 and entry != -1):
+            raise ValueError(
+                f'{key}: every entry of {tuple(block)} must be an integer of at least 1, or -1 for '
+                f'the whole axis; got {entry!r}.'
+            )
+    return tuple(block)
+
+
+def _checked_rule(index: int, rule: dict[str, Any]) -> dict[str, Any]:
+    allowed = {'pattern', 'block', 'exclude'}
+    unknown = set(rule) - allowed
+    if unknown or 'pattern' not in rule:
+        raise ValueError(
+            f'layers[{index}]: expected `pattern` and at least one of `block` and `exclude`, got '
+            f'the keys {sorted(rule)}.'
+        )
+    if 'block' in rule:
+        rule = {**rule, 'block': _checked_block(f'layers[{index}].block', rule['block'])}
+    return rule
+
+
+def _matches(pattern: str, name: str) -> bool:
+    return fnmatch.fnmatchcase(name, pattern) or name.startswith(f'{pattern}.')
+
+
+def _has_weight(module: nn.Module) -> bool:
+    return any(parameter.ndim >= 2 for parameter in module.parameters(recurse=False))
+
+
+def _reason_to_exclude(module: nn.Module, seen: dict[int, str]) -> str | None:
+    """Why the weight of this module can't be cut into blocks, or None if it can."""
+    if not isinstance(module, PRUNABLE):
+        return f'{type(module).__name__} is not a convolution or linear layer'
+    weight = module._parameters.get('weight')
+    if weight is None:
+        return 'the weight is computed from other parameters (a parametrization)'
+    if id(weight) in seen:
+        return f'the weight is shared with {seen[id(weight)]}'
+    if type(module).__name__ in _STANDARDISED:
+        return 'weight standardisation turns pruned zeros into other values'
+    if not weight.requires_grad:
+        return 'frozen: the weight does not require a gradient'
+    if getattr(module, 'groups', 1) > 1 and module.groups in (
+        module.in_channels,
+        module.out_channels,
+    ):
+        return 'depthwise: a filter that is one channel deep holds no block'
+    return None
+
+
+def _view_shape(module: nn.Module) -> tuple[int, ...]:
+    shape, groups = tuple(module.weight.shape), getattr(module, 'groups', 1)
+    # Both kinds of convolution keep the groups together along the weight's first axis.
+    return shape if groups == 1 else (groups, shape[0] // groups, *shape[1:])
+
+
+def _block_on_axes(block: Sequence[int], module: nn.Module) -> tuple[int, ...]:
+    out_block, in_block, *kernel = block
+    axes = module.weight.ndim - 2
+    last = kernel[-1] if kernel else -1
+    kernel = (kernel + [last] * axes)[:axes]
+    ends = (in_block, out_block) if isinstance(module, TRANSPOSED) else (out_block, in_block)
+    lead = () if getattr(module, 'groups', 1) == 1 else (1,)
+    return (*lead, *ends, *kernel)
+
+
+def _cut(name: str, module: nn.Module, block: Sequence[int]) -> BlockLayer:
+    view_shape = _view_shape(module)
+    clipped = tuple(
+        size if wanted == -1 else min(wanted, size)
+        for wanted, size in zip(_block_on_axes(block, module), view_shape)
+    )
+    return BlockLayer(name, module, view_shape, clipped)
+
+
+def _some_names(layers: Sequence[BlockLayer]) -> str:
+    names = [layer.name for layer in layers[:2]] + [layer.name for layer in layers[-1:]]
+    return ', '.join(repr(name) for name in dict.fromkeys(names)) or '(no layer is prunable)'

@@ -1,0 +1,174 @@
+"""The `smart` part of a config: its keys, defaults and checks.
+
+Everything here is checked without a model and before anything is written.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from mmsmart.functional import TemperatureSchedule
+
+METHODS = ('smart', 'magnitude')
+RESOURCES = ('params',)
+INITIALISATIONS = ('activation', 'magnitude')
+
+
+def build(cls: type, key: str, values: dict[str, Any] | None) -> Any:
+    """Make a settings object from a part of the config.
+
+    Raises:
+        ValueError: For a key that it does not have, naming the nearest one.
+    """
+    values = dict(values or {})
+    allowed = [item.name for item in fields(cls)]
+    for name in values:
+        if name not in allowed:
+            near = difflib.get_close_matches(name, allowed, n=1)
+            hint = f' Did you mean {near[0]!r}?' if near else ''
+            raise ValueError(f'{key}: unknown key {name!r}; allowed are {allowed}.{hint}')
+    return cls(**values)
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Shares of the run's iterations: train dense, search the structure, fine-tune what is kept."""
+
+    pretrain: float = 0.0
+    search: float = 0.6
+    finetune: float = 0.4
+
+    def __post_init__(self) -> None:
+        shares = (self.pretrain, self.search, self.finetune)
+        if any(isinstance(s, bool) or not isinstance(s, (int, float)) for s in shares):
+            raise ValueError(f'smart.stages: expected three numbers, got {self}.')
+        if min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
+            raise ValueError(
+                f'smart.stages: the shares must lie in [0, 1] and add up to 1, got {self} with sum '
+                f'{sum(shares):g}.'
+            )
+        if self.search == 0:
+            raise ValueError('smart.stages: search is 0, so no structure would be found. Raise it.')
+
+    def boundaries(self, max_iters: int) -> tuple[int, int]:
+        """First iteration of the search and of the fine-tuning.
+
+        Raises:
+            ValueError: If the run is so short that the search has no iteration.
+
+        Example:
+            >>> Stages(0.1, 0.5, 0.4).boundaries(1000)
+            (100, 600)
+        """
+        begin = round(self.pretrain * max_iters)
+        end = round((self.pretrain + self.search) * max_iters)
+        if end <= begin:
+            raise ValueError(
+                f'smart.stages: a search share of {self.search:g} of {max_iters} iterations is '
+                'less than one iteration. Train longer, or raise smart.stages.search.'
+            )
+        return begin, end
+
+
+@dataclass(frozen=True)
+class ImportanceStart:
+    """Where the importance starts: from weights and activations, or from weights alone."""
+
+    init: str = 'activation'
+    batches: int = 8
+
+    def __post_init__(self) -> None:
+        if self.init not in INITIALISATIONS:
+            raise ValueError(
+                f'smart.importance.init: got {self.init!r}, allowed are {INITIALISATIONS}.'
+            )
+        if isinstance(self.batches, bool) or not isinstance(self.batches, int) or self.batches < 1:
+            raise ValueError(
+                f'smart.importance.batches: expected an integer of at least 1, got {self.batches!r}.'
+            )
+
+
+@dataclass(frozen=True)
+class ImportanceOptimizer:
+    """How the importance learns; `optimizer` is an MMEngine optimiser config without `lr`."""
+
+    lr: float = 0.02
+    optimizer: dict[str, Any] = field(default_factory=lambda: dict(type='Adam'))
+
+    def __post_init__(self) -> None:
+        if isinstance(self.lr, bool) or not isinstance(self.lr, (int, float)) or not self.lr > 0:
+            raise ValueError(f'smart.importance.lr: expected a number above 0, got {self.lr!r}.')
+        if not isinstance(self.optimizer, dict) or 'type' not in self.optimizer:
+            raise ValueError(
+                "smart.importance.optimizer: expected a dict such as dict(type='Adam'), got "
+                f'{self.optimizer!r}.'
+            )
+        if self.optimizer.get('weight_decay', 0) or 'lr' in self.optimizer:
+            raise ValueError(
+                'smart.importance.optimizer: `lr` belongs to smart.importance.lr, and the '
+                'importance takes no weight decay (the budget alone decides what is kept).'
+            )
+
+
+@dataclass(frozen=True)
+class Importance:
+    """`smart.importance`: start and optimiser in one dict."""
+
+    init: str = ImportanceStart.init
+    batches: int = ImportanceStart.batches
+    lr: float = ImportanceOptimizer.lr
+    optimizer: dict[str, Any] = field(default_factory=lambda: dict(type='Adam'))
+
+
+@dataclass(frozen=True)
+class Temperature:
+    """`smart.temperature`: τ falls from start to end over the search."""
+
+    start: float = 3.0
+    end: float = 0.01
+    shape: str = 'geometric'
+
+    def schedule(self) -> TemperatureSchedule:
+        return TemperatureSchedule(self.start, self.end, self.shape)
+
+
+@dataclass(frozen=True)
+class Smart:
+    """The whole `smart` dict of a config."""
+
+    sparsity: float = 0.5
+    block: Sequence[int] = (16, 8, 1, 1)
+    resource: str = 'params'
+    method: str = 'smart'
+    stages: dict[str, float] = field(default_factory=dict)
+    temperature: dict[str, Any] = field(default_factory=dict)
+    importance: dict[str, Any] = field(default_factory=dict)
+    layers: Sequence[dict[str, Any]] = ()
+
+    def __post_init__(self) -> None:
+        if self.resource not in RESOURCES:
+            raise ValueError(f'smart.resource: got {self.resource!r}, allowed are {RESOURCES}.')
+        if self.method not in METHODS:
+            raise ValueError(f'smart.method: got {self.method!r}, allowed are {METHODS}.')
+
+    def model_args(self) -> dict[str, Any]:
+        """Arguments of `mmsmart.SmartModel`."""
+        return dict(sparsity=self.sparsity, block=self.block, layers=self.layers)
+
+    def optimizer_args(self) -> dict[str, Any]:
+        """Arguments of `mmsmart.SmartOptimWrapper`."""
+        importance = build(Importance, 'smart.importance', self.importance)
+        return dict(importance=dict(lr=importance.lr, optimizer=importance.optimizer))
+
+    def hook_args(self) -> dict[str, Any]:
+        """Arguments of `mmsmart.SmartPruningHook`."""
+        importance = build(Importance, 'smart.importance', self.importance)
+        return dict(
+            method=self.method,
+            stages=self.stages,
+            temperature=self.temperature,
+            importance=dict(init=importance.init, batches=importance.batches),
+        )

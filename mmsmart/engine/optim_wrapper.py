@@ -1,0 +1,102 @@
+"""Optimiser wrappers that step masked weights and their importance.
+
+They are MMEngine's own wrappers around :meth:`mmsmart.BlockMasks.latent_weights`: inside a step the
+optimiser finds latent weights and their gradients (so clipping, weight decay and momentum mean what
+they always mean), outside of it the network computes with masked weights. The importance has an
+optimiser of its own, without weight decay and untouched by the learning-rate schedule.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from mmengine.optim import AmpOptimWrapper, OptimWrapper
+from mmengine.registry import OPTIMIZERS
+
+from mmsmart.engine.config import ImportanceOptimizer
+from mmsmart.masking import BlockMasks
+from mmsmart.registry import OPTIM_WRAPPERS
+
+
+class MaskedStep:
+    """What both wrappers share; comes before the MMEngine wrapper among the base classes.
+
+    Args:
+        importance: `dict(lr=0.02, optimizer=dict(type='Adam'))`, the optimiser of the importance.
+        kwargs: Arguments of the MMEngine wrapper.
+    """
+
+    def __init__(self, *args: Any, importance: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._importance_settings = ImportanceOptimizer(**(importance or {}))
+        self.masks: BlockMasks | None = None
+        self.importance_optimizer: torch.optim.Optimizer | None = None
+        self.temperature: float | None = None
+
+    def attach(self, masks: BlockMasks) -> None:
+        """Take over the masks of the model whose parameters the optimiser holds."""
+        self.masks = masks
+        self.importance_optimizer = OPTIMIZERS.build(
+            dict(
+                **self._importance_settings.optimizer,
+                params=[masks.importance],
+                lr=self._importance_settings.lr,
+            )
+        )
+
+    def step(self, **kwargs: Any) -> None:
+        """Step latent weights and importance, then put masks at `self.temperature` in place."""
+        with self._attached().latent_weights(self.temperature):
+            self._step_importance()
+            super().step(**kwargs)
+
+    def _step_importance(self) -> None:
+        if self.masks.state == 'soft':
+            self.importance_optimizer.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of the optimiser, of the importance's optimiser and of the masks."""
+        state = super().state_dict()
+        if self.masks is not None:
+            state['smart'] = {
+                'masks': self.masks.state_dict(),
+                'importance_optimizer': self.importance_optimizer.state_dict(),
+            }
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load :meth:`state_dict`; one without masks is that of a dense run."""
+        state_dict = dict(state_dict)
+        smart = state_dict.pop('smart', None)
+        super().load_state_dict(state_dict)
+        if smart is not None:
+            self._attached().load_state_dict(smart['masks'])
+            self.importance_optimizer.load_state_dict(smart['importance_optimizer'])
+
+    def _attached(self) -> BlockMasks:
+        if self.masks is None:
+            raise RuntimeError(
+                f'{type(self).__name__} has no masks to train. Add '
+                "dict(type='mmsmart.SmartPruningHook') to `custom_hooks`, or the base file "
+                '`_base_/smart.py` to `_base_`.'
+            )
+        return self.masks
+
+
+@OPTIM_WRAPPERS.register_module()
+class SmartOptimWrapper(MaskedStep, OptimWrapper):
+    """`OptimWrapper` for a model with block masks; see :class:`MaskedStep`."""
+
+
+@OPTIM_WRAPPERS.register_module()
+class SmartAmpOptimWrapper(MaskedStep, AmpOptimWrapper):
+    """`AmpOptimWrapper` for a model with block masks; see :class:`MaskedStep`.
+
+    Masks, importance and budget stay in float32 and float64. An iteration whose scaled gradients
+    overflow steps neither the weights nor the importance.
+    """
+
+    def _step_importance(self) -> None:
+        if self.masks.state == 'soft':
+            self.loss_scaler.step(self.importance_optimizer)

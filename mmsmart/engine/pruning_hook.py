@@ -1,0 +1,299 @@
+"""The hook that times pruning: what happens is in :mod:`mmsmart.masking`, this says when."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mmengine.dist import master_only
+from mmengine.hooks import CheckpointHook, EarlyStoppingHook, EMAHook, Hook, LoggerHook
+from mmengine.model import is_model_wrapper
+from mmengine.optim import OptimWrapper, OptimWrapperDict
+from mmengine.runner import IterBasedTrainLoop, Runner
+from torch import nn
+
+from mmsmart.engine.calibration import first_importance, layer_positions
+from mmsmart.engine.config import METHODS, ImportanceStart, Stages, Temperature, build
+from mmsmart.engine.optim_wrapper import MaskedStep
+from mmsmart.engine.random_state import random_state, set_random_state, set_torch_random_state
+from mmsmart.export import save_plain_checkpoint
+from mmsmart.masking import BlockMasks, masks_of
+from mmsmart.registry import HOOKS
+from mmsmart.report import draw_report, pruning_report, save_report
+
+_DENSE_METRICS = 'smart_dense_metrics'
+
+
+@HOOKS.register_module()
+class SmartPruningHook(Hook):
+    """Search and fine-tune stages of a run, the falling temperature, and the files at its end.
+
+    Needs a model with masks (`mmsmart.SmartModel`) and `mmsmart.SmartOptimWrapper` or its AMP
+    sibling; `mmsmart.SmartRunner` puts all three in place.
+
+    Args:
+        method: 'smart', or 'magnitude' for one-shot magnitude pruning, which hardens at the
+            beginning of the search and fine-tunes from there on.
+        stages: `dict(pretrain=0.0, search=0.6, finetune=0.4)`, shares of the run's iterations.
+        temperature: `dict(start=3.0, end=0.01, shape='geometric')`.
+        importance: `dict(init='activation', batches=8)`, or init='magnitude' for weights alone.
+
+    Raises:
+        ValueError: For values out of range, before training begins.
+    """
+
+    # Before EMAHook (NORMAL), whose average of the same iteration then holds pruned weights.
+    priority = 'ABOVE_NORMAL'
+
+    def __init__(
+        self,
+        method: str = 'smart',
+        stages: dict[str, float] | None = None,
+        temperature: dict[str, Any] | None = None,
+        importance: dict[str, Any] | None = None,
+    ) -> None:
+        if method not in METHODS:
+            raise ValueError(f'smart.method: got {method!r}, allowed are {METHODS}.')
+        self.method = method
+        self.stages: Stages = build(Stages, 'smart.stages', stages)
+        self.schedule = build(Temperature, 'smart.temperature', temperature).schedule()
+        self.start: ImportanceStart = build(ImportanceStart, 'smart.importance', importance)
+        self.masks: BlockMasks | None = None
+        self._begin = self._end = 0
+        self._metrics: dict[str, float] = {}
+        self._metrics_iter: int | None = None
+        self._positions: dict[str, int] = {}
+        self._before_val: dict[str, Any] | None = None
+        self._resumed: dict[str, Any] | None = None
+
+    def before_run(self, runner: Runner) -> None:
+        """Take hold of masks and optimiser wrapper; refuse a run that would train past them."""
+        if not isinstance(runner.optim_wrapper, (OptimWrapper, OptimWrapperDict)):
+            return  # a test or validation run: nothing is trained
+        wrapper, masks = runner.optim_wrapper, masks_of(_plain_model(runner))
+        if not isinstance(wrapper, MaskedStep):
+            raise ValueError(
+                f'optim_wrapper.type: {type(wrapper).__name__} would train past the masks. Write '
+                "type='mmsmart.SmartOptimWrapper', or 'mmsmart.SmartAmpOptimWrapper' for mixed "
+                'precision (a `--amp` of the command line replaces the type that you wrote; leave '
+                'it out, or use the base file `_base_/smart.py`, which knows it).'
+            )
+        if masks is None:
+            raise ValueError(
+                'model: SmartPruningHook found no block masks on it. Write '
+                "model = dict(type='mmsmart.SmartModel', model=..., sparsity=...), or use the "
+                'base file `_base_/smart.py`.'
+            )
+        self._begin, self._end = self.stages.boundaries(runner.max_iters)
+        wrapper.attach(masks)
+        self.masks = masks
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another architecture, which MMEngine would load in part."""
+        if self.masks is None:
+            return
+        _check_architecture(self.masks, checkpoint, allow_missing=self.stages.pretrain > 0)
+        if runner._resume:
+            self._resumed = checkpoint.get('random_state')
+
+    def before_train(self, runner: Runner) -> None:
+        if self.masks is None:
+            return
+        if runner.iter <= self._begin:
+            due = 'dense'
+        else:
+            due = 'soft' if runner.iter < self._end and self.method == 'smart' else 'hard'
+        if self.masks.state != due:
+            raise ValueError(
+                f'resume: at iteration {runner.iter} of {runner.max_iters} the masks should be '
+                f'{due}, but the checkpoint left them {self.masks.state}. Resume with the same '
+                '`smart.stages`, method and length of the run, or start anew with `load_from`.'
+            )
+        if due == 'dense' and self._begin == 0 and not runner._has_loaded:
+            runner.logger.warning(
+                'mmsmart: the search begins from weights that no checkpoint was loaded into. Set '
+                '`load_from`, or give smart.stages.pretrain a share.'
+            )
+        self._positions = layer_positions(runner, _plain_model(runner))
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        if self._resumed is not None:
+            set_random_state(self._resumed)
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+        if self.masks is None:
+            return
+        if self._resumed is not None:
+            # An iteration-based loop makes its data iterator anew after a resume, which draws once
+            # more from torch's generator than the uninterrupted run did.
+            if isinstance(runner.train_loop, IterBasedTrainLoop):
+                set_torch_random_state(self._resumed)
+            self._resumed = None
+        if runner.iter == self._begin and self.masks.state == 'dense':
+            self._begin_search(runner)
+        if self.masks.state == 'soft':
+            runner.optim_wrapper.temperature = self._temperature(runner.iter + 1)
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None
+    ) -> None:
+        if self.masks is None or self.masks.state != 'soft':
+            return
+        if self._is_logged(runner, batch_idx):
+            self._log(runner)
+        if runner.iter + 1 == self._end:
+            self._harden(runner)
+
+    def before_val(self, runner: Runner) -> None:
+        # Validation must leave no trace in the training's random numbers, or a run that is resumed
+        # after it would differ from one that ran through.
+        self._before_val = random_state()
+
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+        self._metrics, self._metrics_iter = dict(metrics or {}), runner.iter
+
+    def after_val(self, runner: Runner) -> None:
+        if self._before_val is not None:
+            set_random_state(self._before_val)
+            self._before_val = None
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+        if self.masks is not None:
+            checkpoint['random_state'] = self._before_val or random_state()
+
+    def after_train(self, runner: Runner) -> None:
+        """Write `pruned.pth`, `pruning.json` and `pruning.png` to `work_dir`."""
+        if self.masks is None:
+            return
+        if self.masks.state != 'hard':
+            runner.logger.warning(
+                f'mmsmart: training stopped at iteration {runner.iter}, before the search ended at '
+                f'{self._end}. Nothing was pruned and no pruned.pth is written.'
+            )
+            return
+        self._measure(runner)
+        self._write(runner)
+
+    def _temperature(self, iteration: int) -> float:
+        last = max(self._end - self._begin - 1, 1)
+        return self.schedule(min((iteration - self._begin) / last, 1.0))
+
+    def _begin_search(self, runner: Runner) -> None:
+        model, masks = _plain_model(runner), self.masks
+        self._measure(runner)
+        runner.message_hub.update_info(_DENSE_METRICS, self._metrics)
+        init = 'magnitude' if self.method == 'magnitude' else self.start.init
+        importance = first_importance(runner, model, masks, init, self.start.batches)
+        masks.begin(importance, self._temperature(self._begin))
+        runner.logger.info(
+            f'mmsmart: search over iterations {self._begin} to {self._end}: {masks.num_blocks} '
+            f'blocks in {len(masks.layers)} layers, {masks.budget:.0f} of '
+            f'{float(masks.cost.sum()):.0f} weights may stay (sparsity {masks.sparsity:g}); '
+            f'{len(masks.excluded)} weights left dense.'
+        )
+        if self.method == 'magnitude':
+            self._harden(runner)
+
+    def _harden(self, runner: Runner) -> None:
+        masks = self.masks
+        masks.harden()
+        for hook in runner.hooks:
+            if isinstance(hook, EMAHook):
+                masks.zero_pruned(hook.ema_model.module)
+        # The last values of the search would stand in every later log line.
+        for name in ('temperature', 'undecided', 'moved'):
+            runner.message_hub.log_scalars.pop(f'train/{name}', None)
+        # A best score of the dense or soft network would keep every pruned one from being saved.
+        info = runner.message_hub.runtime_info
+        for key in [key for key in info if key.startswith('best_score')]:
+            info.pop(key)
+        runner.logger.info(
+            f'mmsmart: masks are hard from iteration {runner.iter + 1} on: '
+            f'{masks.kept_cost():.0f} weights kept of a budget of {masks.budget:.0f}, '
+            f'{masks.moved():.1%} of the blocks changed sides during the search.'
+        )
+
+    def _measure(self, runner: Runner) -> None:
+        """Validate now, unless the last validation was at this very iteration."""
+        if runner.val_loop is None or self._metrics_iter == runner.iter:
+            return
+        with _only_measuring(runner):
+            runner.val_loop.run()
+        runner.model.train()
+
+    @staticmethod
+    def _is_logged(runner: Runner, batch_idx: int) -> bool:
+        intervals = [hook.interval for hook in runner.hooks if isinstance(hook, LoggerHook)]
+        return bool(intervals) and (batch_idx + 1) % intervals[0] == 0
+
+    def _log(self, runner: Runner) -> None:
+        masks = self.masks
+        for name, value in (
+            ('temperature', masks.temperature),
+            ('sparsity', masks.soft_sparsity()),
+            ('undecided', masks.undecided()),
+            ('moved', masks.moved()),
+        ):
+            runner.message_hub.update_scalar(f'train/{name}', value)
+
+    @master_only
+    def _write(self, runner: Runner) -> None:
+        folder, model = Path(runner.work_dir), _evaluated_model(runner)
+        report = pruning_report(
+            model,
+            self.masks,
+            self._positions,
+            method=self.method,
+            dense_metrics=runner.message_hub.runtime_info.get(_DENSE_METRICS, {}),
+            pruned_metrics=self._metrics,
+        )
+        meta = {'dataset_meta': getattr(runner.train_dataloader.dataset, 'metainfo', None)}
+        save_plain_checkpoint(model, folder / 'pruned.pth', meta)
+        save_report(report, folder / 'pruning.json')
+        draw_report(report, self.masks, folder / 'pruning.png')
+        runner.logger.info(f'mmsmart: pruned.pth, pruning.json and pruning.png are in {folder}.')
+
+
+def _plain_model(runner: Runner) -> nn.Module:
+    return runner.model.module if is_model_wrapper(runner.model) else runner.model
+
+
+def _evaluated_model(runner: Runner) -> nn.Module:
+    """The weights that validation scores: the moving average where there is one."""
+    for hook in runner.hooks:
+        if isinstance(hook, EMAHook):
+            return hook.ema_model.module
+    return _plain_model(runner)
+
+
+@contextmanager
+def _only_measuring(runner: Runner) -> Iterator[None]:
+    """Inside, a validation changes nothing: the hooks that act on its metrics sit out.
+
+    A best checkpoint saved in the middle of an epoch could not be resumed.
+    """
+    hooks = runner._hooks
+    acting = (CheckpointHook, EarlyStoppingHook)
+    runner._hooks = [hook for hook in hooks if not isinstance(hook, acting)]
+    try:
+        yield
+    finally:
+        runner._hooks = hooks
+
+
+def _check_architecture(masks: BlockMasks, checkpoint: dict[str, Any], allow_missing: bool) -> None:
+    state = checkpoint.get('state_dict', checkpoint)
+    shapes = {key.removeprefix('module.'): tuple(value.shape) for key, value in state.items()}
+    for layer in masks.layers:
+        key = f'{layer.name}.weight'
+        here, there = tuple(layer.weight.shape), shapes.get(key)
+        if there == here or (there is None and allow_missing):
+            continue
+        raise ValueError(
+            f'load_from: the checkpoint does not fit the model. {key} is {here} in the model and '
+            f'{"missing" if there is None else there} in the checkpoint. Load a checkpoint of '
+            'the same architecture and classes, or train the new layers first '
+            '(smart.stages.pretrain).'
+        )

@@ -1,0 +1,87 @@
+"""The runner behind the one-base-file use: a stock config plus `smart` becomes a pruning run."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from mmengine.config import Config, ConfigDict
+from mmengine.model import is_model_wrapper
+from mmengine.optim import OptimWrapper
+from mmengine.runner import Runner
+
+from mmsmart.budget import check_sparsity
+from mmsmart.engine.config import Smart, build
+from mmsmart.engine.optim_wrapper import MaskedStep
+from mmsmart.engine.pruning_hook import SmartPruningHook
+from mmsmart.masking import install_masks, masks_of
+from mmsmart.registry import RUNNERS
+
+_MASKED_WRAPPERS = {
+    'OptimWrapper': 'mmsmart.SmartOptimWrapper',
+    'AmpOptimWrapper': 'mmsmart.SmartAmpOptimWrapper',
+}
+
+
+@RUNNERS.register_module()
+class SmartRunner(Runner):
+    """A `Runner` that reads `smart` from its config and puts the three parts of pruning in place.
+
+    The config itself is left as it was written, so what is dumped to `work_dir` describes the
+    stock model. Parts that the config names itself are kept. Testing is untouched.
+    """
+
+    @classmethod
+    def from_cfg(cls, cfg: ConfigDict | Config | dict[str, Any]) -> SmartRunner:
+        """Build the runner; a wrong `smart` is refused before anything is written.
+
+        Raises:
+            ValueError: If `smart` is missing, or one of its values can't be used.
+        """
+        smart = _smart_of(cfg)
+        check_sparsity(smart.sparsity)
+        SmartPruningHook(**smart.hook_args())
+        smart.optimizer_args()
+        return super().from_cfg(cfg)
+
+    def register_hooks(self, default_hooks: Any = None, custom_hooks: Any = None) -> None:
+        super().register_hooks(default_hooks, custom_hooks)
+        if not any(isinstance(hook, SmartPruningHook) for hook in self.hooks):
+            self.register_hook(SmartPruningHook(**_smart_of(self.cfg).hook_args()))
+
+    def build_optim_wrapper(self, optim_wrapper: Any) -> OptimWrapper:
+        model = self.model.module if is_model_wrapper(self.model) else self.model
+        if masks_of(model) is None:
+            install_masks(model, **_smart_of(self.cfg).model_args())
+        if isinstance(optim_wrapper, dict):
+            optim_wrapper = self._masked(optim_wrapper)
+        return super().build_optim_wrapper(optim_wrapper)
+
+    def _masked(self, optim_wrapper: dict[str, Any]) -> dict[str, Any]:
+        written = optim_wrapper.get('type', 'OptimWrapper')
+        name = written if isinstance(written, str) else written.__name__
+        if name in _MASKED_WRAPPERS.values() or (
+            isinstance(written, type) and issubclass(written, MaskedStep)
+        ):
+            return optim_wrapper
+        if name not in _MASKED_WRAPPERS:
+            raise ValueError(
+                f'optim_wrapper.type: {name!r} would train past the masks. Pruning works with '
+                f'{sorted(_MASKED_WRAPPERS)}, which it replaces by its own.'
+            )
+        masked = copy.deepcopy(optim_wrapper)
+        masked['type'] = _MASKED_WRAPPERS[name]
+        masked.update(_smart_of(self.cfg).optimizer_args())
+        return masked
+
+
+def _smart_of(cfg: ConfigDict | Config | dict[str, Any]) -> Smart:
+    smart = cfg.get('smart')
+    if smart is None:
+        raise ValueError(
+            "smart: missing from the config, though runner_type is 'mmsmart.SmartRunner'. Add "
+            'the base file `_base_/smart.py` to `_base_`, or write smart = dict(sparsity=0.5).'
+        )
+    if isinstance(smart, ConfigDict):
+        smart = smart.to_dict()
+    return build(Smart, 'smart', smart)

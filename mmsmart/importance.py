@@ -1,0 +1,98 @@
+"""First importance of every block: what is known before the search has learnt anything.
+
+Scores of different layers are made comparable by dividing each layer's by its mean, and are then
+standardised over the network, so that temperatures and learning rates mean the same everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from mmsmart.blocks import BlockLayer
+
+
+def magnitude(layers: Sequence[BlockLayer]) -> Tensor:
+    """Mean |w| of every block, `(num_blocks,)`, on the network's common scale.
+
+    Example:
+        >>> from mmsmart.blocks import find_layers
+        >>> layers, _ = find_layers(nn.Linear(4, 4, bias=False), block=(2, 2))
+        >>> magnitude(layers).shape
+        torch.Size([4])
+    """
+    return common_scale([_block_mean(layer, layer.weight.detach().abs()) for layer in layers])
+
+
+def activation(layers: Sequence[BlockLayer], norms: dict[str, Tensor]) -> Tensor:
+    """Mean |w| times the norm of the input channel it multiplies, `(num_blocks,)`.
+
+    The score of Wanda (arXiv 2306.11695), averaged over blocks. A layer without recorded norms
+    (its weight is used without a call of its own) falls back to its magnitude.
+
+    Args:
+        layers: Layers of the network.
+        norms: Norm of every input channel `(in_channels,)` by layer name, see :func:`input_norms`.
+    """
+    scores = []
+    for layer in layers:
+        score = layer.weight.detach().abs()
+        norm = norms.get(layer.name)
+        if norm is not None:
+            score = score.reshape(layer.view_shape) * _along_input_axis(layer, norm)
+        scores.append(_block_mean(layer, score))
+    return common_scale(scores)
+
+
+def common_scale(scores: Sequence[Tensor]) -> Tensor:
+    """Divide each layer's scores by their mean, then standardise over the network (std 1)."""
+    tiny = torch.finfo(torch.float32).tiny
+    flat = torch.cat([score.float() / score.float().mean().clamp_min(tiny) for score in scores])
+    flat = flat - flat.mean()
+    spread = flat.std(unbiased=False)
+    return flat / spread if spread > 0 else flat
+
+
+@contextmanager
+def input_norms(layers: Sequence[BlockLayer]) -> Iterator[dict[str, Tensor]]:
+    """Record the root mean square of every input channel over all forward passes inside.
+
+    The dictionary it gives is filled on leaving: `(in_channels,)` by layer name.
+    """
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+    norms: dict[str, Tensor] = {}
+
+    def watch(layer: BlockLayer) -> torch.utils.hooks.RemovableHandle:
+        def add(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            x = inputs[0].detach().float()
+            axis = x.ndim - 1 if isinstance(module, nn.Linear) else x.ndim - layer.weight.ndim + 1
+            others = [a for a in range(x.ndim) if a != axis]
+            squares = x.square().sum(dim=others) if others else x.square()
+            sums[layer.name] = sums.get(layer.name, 0) + squares
+            counts[layer.name] = counts.get(layer.name, 0) + x.numel() // x.shape[axis]
+
+        return layer.module.register_forward_pre_hook(add)
+
+    handles = [watch(layer) for layer in layers]
+    try:
+        yield norms
+    finally:
+        for handle in handles:
+            handle.remove()
+    norms.update({name: (sums[name] / counts[name]).sqrt() for name in sums})
+
+
+def _block_mean(layer: BlockLayer, values: Tensor) -> Tensor:
+    return layer.reduce(values) / layer.sizes().to(values.device)
+
+
+def _along_input_axis(layer: BlockLayer, norm: Tensor) -> Tensor:
+    shape = [1] * len(layer.view_shape)
+    shape[layer.input_axis] = layer.view_shape[layer.input_axis]
+    if layer.groups > 1:
+        shape[0] = layer.groups
+    return norm.reshape(shape)

@@ -1,0 +1,367 @@
+"""Block masks on a model: install, search, harden, fold away.
+
+Two invariants carry everything here.
+
+1. **The model stays the stock model.** No class, parameter, hook or state-dict key of it changes.
+   Between two optimiser steps every masked parameter simply *holds* `w * f`, the weight that the
+   network computes with; the weight `w` that the optimiser moves is kept aside. Deep copies, moving
+   averages, checkpointed segments, layers used many times in a forward, DDP and mixed precision
+   therefore see an ordinary network, and a state dict always gives back what was evaluated.
+2. **Gradients of a step are gradients of what was masked.** `parameter.grad` is the gradient of
+   `w * f`. Just before the optimiser steps, :meth:`BlockMasks.latent_weights` turns it into the
+   gradients of `w` (times the mask) and of the importance m (the sum over each block of
+   `w * grad`, through the closed-form Jacobian of the differentiable top-k).
+
+A model is at any time in one of three states: `dense` (masks installed, weights untouched), `soft`
+(the search: masks in (0, 1) that meet the budget) or `hard` (pruned weights are exactly zero, and
+stay so).
+
+Source: SMART pruner, arXiv 2403.19969, Figure 1 and section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmsmart.blocks import BlockLayer, Excluded, find_layers
+from mmsmart.budget import block_cost, budget_for
+from mmsmart.functional import hard_topk, soft_mask, soft_topk_vjp, solve_threshold
+
+_ATTRIBUTE = 'block_masks'
+
+
+def install_masks(
+    model: nn.Module,
+    sparsity: float = 0.5,
+    block: Sequence[int] = (16, 8, 1, 1),
+    layers: Sequence[dict[str, Any]] = (),
+) -> BlockMasks:
+    """Give a model masks over its blocks; its weights stay as they are until the search begins.
+
+    Args:
+        model: Any module with convolutions or linear layers.
+        sparsity: Share of the prunable weights to remove, in [0, 1).
+        block: `(out, in, kh, kw)`, -1 for a whole axis; see :func:`mmsmart.blocks.find_layers`.
+        layers: Overrides by name pattern; see :func:`mmsmart.blocks.find_layers`.
+
+    Raises:
+        ValueError: If the model has masks already, nothing can be pruned, or an argument is out of
+            its range.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+        >>> masks = install_masks(model, sparsity=0.5, block=(4, 4))
+        >>> optimizer = torch.optim.SGD([*model.parameters(), masks.importance], lr=0.1)
+        >>> masks.begin(torch.randn(masks.num_blocks), temperature=1.0)
+        >>> for temperature in (1.0, 0.1, 0.01):
+        ...     model(torch.randn(2, 8)).square().mean().backward()
+        ...     with masks.latent_weights(temperature):
+        ...         optimizer.step()
+        ...     optimizer.zero_grad()
+        >>> masks.harden()
+        >>> float(sum((layer.weight != 0).sum() for layer in masks.layers))
+        96.0
+    """
+    if masks_of(model) is not None:
+        raise ValueError(
+            f'{type(model).__name__} has block masks already. Remove them with '
+            '`mmsmart.remove_masks(model)` before new ones are installed.'
+        )
+    found, excluded = find_layers(model, block, layers)
+    masks = BlockMasks(found, excluded, sparsity)
+    setattr(model, _ATTRIBUTE, masks)
+    return masks
+
+
+def masks_of(model: nn.Module) -> BlockMasks | None:
+    """The masks that were installed on this model, or None."""
+    return getattr(model, _ATTRIBUTE, None)
+
+
+def remove_masks(model: nn.Module) -> None:
+    """Forget the masks and leave the weights as the network computes with them now.
+
+    After :meth:`BlockMasks.harden` this folds the hard mask into the weights.
+
+    Raises:
+        ValueError: If the model has no masks.
+    """
+    if masks_of(model) is None:
+        raise ValueError(f'{type(model).__name__} has no block masks to remove.')
+    delattr(model, _ATTRIBUTE)
+
+
+class BlockMasks:
+    """The importances of all blocks of a network, their budget, and the weights they silence.
+
+    Attributes:
+        layers: The layers cut into blocks; block vectors follow their order.
+        excluded: Weights that stay dense, with the reason.
+        sparsity: Target share of the weights to remove.
+        cost: Number of weights of every block, float64 `(num_blocks,)`.
+        budget: Cost that may be kept.
+        importance: m, float32 `(num_blocks,)`, a parameter for an optimiser of its own.
+        layer_sizes: Number of blocks of each layer.
+        state: 'dense', 'soft' or 'hard'.
+        temperature: τ of the soft mask that is in the weights now.
+    """
+
+    def __init__(
+        self, layers: Sequence[BlockLayer], excluded: Sequence[Excluded], sparsity: float
+    ) -> None:
+        self.layers = list(layers)
+        self.excluded = list(excluded)
+        self.sparsity = sparsity
+        self.cost = block_cost(self.layers)
+        self.budget = budget_for(self.cost, sparsity)
+        if self.budget < float(self.cost.min()):
+            raise ValueError(
+                f'sparsity: {sparsity} leaves a budget of {self.budget:g} weights, less than the '
+                f'smallest block ({float(self.cost.min()):g}). Lower it, or choose smaller blocks.'
+            )
+        self.importance = nn.Parameter(torch.zeros(len(self.cost)))
+        self.state = 'dense'
+        self.temperature: float | None = None
+        self.layer_sizes = [layer.num_blocks for layer in self.layers]
+        self._threshold: Tensor | None = None
+        self._latent: list[Tensor] = []  # soft only: w, while the parameters hold w * f
+        self._first: Tensor | None = None  # hard mask of the first importance
+        self._kept: Tensor | None = None  # hard only: the mask, bool
+
+    @property
+    def num_blocks(self) -> int:
+        """N, the number of blocks over all layers."""
+        return len(self.cost)
+
+    def begin(self, importance: Tensor, temperature: float) -> None:
+        """Start the search: the soft mask of this importance goes into the weights.
+
+        Args:
+            importance: First importance, `(num_blocks,)`.
+            temperature: τ > 0 of the first soft mask.
+
+        Raises:
+            ValueError: If the importance has another shape or is not finite.
+            RuntimeError: If the search has begun before.
+        """
+        self._expect('dense', 'begin the search')
+        if importance.shape != self.importance.shape or not bool(importance.isfinite().all()):
+            raise ValueError(
+                f'importance: expected {self.num_blocks} finite values, one a block, got shape '
+                f'{tuple(importance.shape)}'
+                + ('.' if importance.shape != self.importance.shape else ' with NaN or infinity.')
+            )
+        self._follow_model()
+        self.importance.data = importance.detach().to(self._device, torch.float32).clone()
+        self._first = self.hard_mask().bool()
+        self._latent = [layer.weight.data for layer in self.layers]
+        for layer in self.layers:
+            layer.weight.data = torch.empty_like(layer.weight.data)
+        self.state = 'soft'
+        self._mask_weights(temperature)
+
+    @contextmanager
+    def latent_weights(self, temperature: float | None = None) -> Iterator[None]:
+        """Inside, the parameters are what an optimiser has to step: latent weights and gradients.
+
+        Entering turns each gradient of a masked weight into that of its latent weight, and fills
+        `importance.grad`. Leaving solves the budget for the moved importance and puts the new
+        masked weights in place. Gradients stay with their parameters, scaled if they were scaled.
+        In the dense state it does nothing; in the hard state pruned weights are put back to zero.
+
+        Args:
+            temperature: τ > 0 of the next soft mask; the present one if not given.
+        """
+        if self.state == 'dense':
+            yield
+            return
+        mask = self._kept.float() if self.state == 'hard' else self.mask()
+        masked = [layer.weight.data for layer in self.layers]
+        grads = []
+        for i, (layer, f) in enumerate(zip(self.layers, mask.split(self.layer_sizes))):
+            weight = layer.weight
+            if self.state == 'soft':
+                grads.append(
+                    torch.zeros_like(f)
+                    if weight.grad is None
+                    else layer.reduce(self._latent[i] * weight.grad).to(f.dtype)
+                )
+                weight.data = self._latent[i]
+            if weight.grad is not None:
+                weight.grad.mul_(layer.expand(f))
+        if self.state == 'soft':
+            self.importance.grad = soft_topk_vjp(
+                self.importance.detach(),
+                self._threshold,
+                self.temperature,
+                torch.cat(grads),
+                self.cost,
+            )
+        try:
+            yield
+        finally:
+            if self.state == 'soft':
+                self._latent = [layer.weight.data for layer in self.layers]
+                for layer, storage in zip(self.layers, masked):
+                    layer.weight.data = storage
+                self._mask_weights(self.temperature if temperature is None else temperature)
+            else:
+                self.zero_pruned()
+
+    def harden(self) -> None:
+        """End the search: keep the blocks of largest importance, set the others to exactly zero.
+
+        The kept cost is the most that fits the budget; see :func:`mmsmart.functional.hard_topk`.
+
+        Raises:
+            RuntimeError: If no search is going on.
+        """
+        self._expect('soft', 'harden the masks')
+        self._kept = self.hard_mask().bool()
+        for layer, latent in zip(self.layers, self._latent):
+            layer.weight.data.copy_(latent)
+        self._latent, self._threshold, self.temperature = [], None, None
+        self.importance.grad = None
+        self.state = 'hard'
+        self.zero_pruned()
+
+    def mask(self) -> Tensor:
+        """The mask that is in the weights now, float32 `(num_blocks,)`; ones while dense."""
+        if self.state == 'dense':
+            return torch.ones_like(self.importance.data)
+        if self.state == 'hard':
+            return self._kept.float()
+        return soft_mask(self.importance.detach(), self._threshold, self.temperature)
+
+    def hard_mask(self) -> Tensor:
+        """The mask that :meth:`harden` would set now, 0 or 1, float32 `(num_blocks,)`."""
+        if self.state == 'hard':
+            return self._kept.float()
+        return hard_topk(self.importance.detach(), self.budget, self.cost)
+
+    def zero_pruned(self, model: nn.Module | None = None) -> None:
+        """Set the pruned weights to exactly zero, in this model or in a copy of it.
+
+        Args:
+            model: A model with layers of the same names, such as a moving average.
+
+        Raises:
+            RuntimeError: If the masks are not hard yet.
+        """
+        self._expect('hard', 'zero pruned weights')
+        for layer, kept in zip(self.layers, self._kept.split(self.layer_sizes)):
+            weight = layer.weight if model is None else model.get_submodule(layer.name).weight
+            pruned = layer.expand(~kept).to(weight.device)
+            weight.data.masked_fill_(pruned, 0)
+
+    def kept_cost(self) -> float:
+        """Cost of the blocks that :meth:`hard_mask` keeps."""
+        return float(self.cost[self.hard_mask().bool()].sum())
+
+    def next_block_cost(self) -> float:
+        """Cost of the most important pruned block: it is more than what is left of the budget."""
+        pruned = ~self.hard_mask().bool()
+        if not bool(pruned.any()):
+            return 0.0
+        scores = self.importance.detach().masked_fill(~pruned, -torch.inf)
+        return float(self.cost[scores.argmax()])
+
+    def soft_sparsity(self) -> float:
+        """Share of the cost that the present mask removes."""
+        return 1 - float((self.cost * self.mask()).sum() / self.cost.sum())
+
+    def undecided(self, margin: float = 0.05) -> float:
+        """Share of blocks whose mask is neither within `margin` of 0 nor of 1."""
+        mask = self.mask()
+        return float(((mask > margin) & (mask < 1 - margin)).float().mean())
+
+    def moved(self) -> float:
+        """Share of blocks that are on the other side of the budget than at the search's start."""
+        if self._first is None:
+            return 0.0
+        return float((self.hard_mask().bool() != self._first).float().mean())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a later process needs to go on bit for bit; tensors, numbers, names only."""
+        return {
+            'state': self.state,
+            'layers': self._plan(),
+            'budget': self.budget,
+            'importance': self.importance.detach().clone(),
+            'temperature': self.temperature,
+            'threshold': self._threshold,
+            'latent': [weight.clone() for weight in self._latent],
+            'first': self._first,
+            'kept': self._kept,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken; the weights must have been loaded before.
+
+        Raises:
+            ValueError: If it was taken from other layers, blocks or another budget.
+        """
+        self._expect('dense', 'load masks')
+        for key, mine in (('layers', self._plan()), ('budget', self.budget)):
+            if state[key] != mine:
+                raise ValueError(
+                    f'masks: the checkpoint was made with other {key} than this model has '
+                    f'({_first_difference(state[key], mine)}). Resume with the same `sparsity`, '
+                    '`block` and `layers`, or start anew from its weights with `load_from`.'
+                )
+        self._follow_model()
+
+        def here(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(self._device)
+
+        self.importance.data = here(state['importance'])
+        self.state, self.temperature = state['state'], state['temperature']
+        self._threshold, self._first = here(state['threshold']), here(state['first'])
+        self._kept = here(state['kept'])
+        if self.state == 'soft':
+            self._latent = [here(weight) for weight in state['latent']]
+            self._write_masked()
+        elif self.state == 'hard':
+            self.zero_pruned()
+
+    @property
+    def _device(self) -> torch.device:
+        return self.layers[0].weight.device
+
+    def _follow_model(self) -> None:
+        # The masks may have been installed before the model moved to its device.
+        self.cost = self.cost.to(self._device)
+        self.importance.data = self.importance.data.to(self._device)
+
+    def _mask_weights(self, temperature: float) -> None:
+        self._threshold = solve_threshold(
+            self.importance.detach(), self.budget, temperature, self.cost, start=self._threshold
+        )
+        self.temperature = temperature
+        self._write_masked()
+
+    def _write_masked(self) -> None:
+        parts = self.mask().split(self.layer_sizes)
+        for layer, latent, f in zip(self.layers, self._latent, parts):
+            torch.mul(latent, layer.expand(f), out=layer.weight.data)
+
+    def _plan(self) -> list[list[Any]]:
+        return [[layer.name, list(layer.view_shape), list(layer.block)] for layer in self.layers]
+
+    def _expect(self, state: str, action: str) -> None:
+        if self.state != state:
+            raise RuntimeError(f'cannot {action}: the masks are {self.state}, not {state}.')
+
+
+def _first_difference(theirs: Any, mine: Any) -> str:
+    if isinstance(theirs, list) and isinstance(mine, list):
+        for other, own in zip(theirs, mine):
+            if other != own:
+                return f'{other} there, {own} here'
+        return f'{len(theirs)} there, {len(mine)} here'
+    return f'{theirs} there, {mine} here'

@@ -1,0 +1,173 @@
+"""What was pruned: the figures of `pruning.json`, a table for the console and a picture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from mmsmart.budget import count_macs
+from mmsmart.export import complete_or_absent, plain
+from mmsmart.masking import BlockMasks
+
+
+def pruning_report(
+    model: nn.Module,
+    masks: BlockMasks,
+    positions: dict[str, int],
+    method: str,
+    dense_metrics: dict[str, float],
+    pruned_metrics: dict[str, float],
+) -> dict[str, Any]:
+    """The contents of `pruning.json` for a model whose masks are hard.
+
+    `block` is written on the axes of the weight itself, clipped to the layer; the blocks of a layer
+    with several `groups` are cut in each group apart. Parameters are all parameters of the model;
+    MACs are those of its convolutions and linear layers for one image.
+    """
+    rows = []
+    for layer, kept in zip(masks.layers, masks.hard_mask().bool().split(masks.layer_sizes)):
+        sizes = layer.sizes().to(kept.device)
+        used = positions.get(layer.name, 0)
+        total, left = int(sizes.sum()), int(sizes[kept].sum())
+        rows.append(
+            {
+                'name': layer.name,
+                'shape': list(layer.weight.shape),
+                'block': list(layer.weight_block),
+                'groups': layer.groups,
+                'blocks_total': len(kept),
+                'blocks_kept': int(kept.sum()),
+                'params_total': total,
+                'params_kept': left,
+                'macs_total': total * used,
+                'macs_kept': left * used,
+            }
+        )
+    params = sum(parameter.numel() for parameter in model.parameters())
+    macs = count_macs(model, positions)
+    params_cut = sum(row['params_total'] - row['params_kept'] for row in rows)
+    macs_cut = sum(row['macs_total'] - row['macs_kept'] for row in rows)
+    return plain(
+        {
+            'method': method,
+            'resource': 'params',
+            'target_sparsity': masks.sparsity,
+            'achieved_sparsity': 1 - masks.kept_cost() / float(masks.cost.sum()),
+            'budget': masks.budget,
+            'kept': masks.kept_cost(),
+            'next_block_cost': masks.next_block_cost(),
+            'dense': {'params': params, 'macs': macs, **dense_metrics},
+            'pruned': {'params': params - params_cut, 'macs': macs - macs_cut, **pruned_metrics},
+            'layers': rows,
+            'excluded': [{'name': item.name, 'reason': item.reason} for item in masks.excluded],
+        }
+    )
+
+
+def save_report(report: dict[str, Any], path: str | Path) -> None:
+    """Write `pruning.json`."""
+    with complete_or_absent(path) as temporary:
+        temporary.write_text(json.dumps(report, indent=2) + '\n')
+
+
+def draw_report(report: dict[str, Any], masks: BlockMasks, path: str | Path) -> None:
+    """Draw where the network was cut: kept density of every layer, and the largest layers' blocks.
+
+    A block map has a row for each block of output channels and a column for each block of input
+    channels; its shade is the share kept over the positions of the kernel.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = report['layers']
+    largest = sorted(rows, key=lambda row: -row['params_total'])[:12]
+    chosen = [row for row in rows if row in largest]
+    height = max(5.0, 0.24 * len(rows) + 1.5)
+    figure = Figure(figsize=(13, height), layout='constrained')
+    FigureCanvasAgg(figure)
+    bars, maps = figure.subfigures(1, 2, width_ratios=(1, 1.25))
+    _draw_densities(bars.subplots(), report)
+    _draw_block_maps(maps, chosen, masks)
+    figure.suptitle(
+        f'{report["achieved_sparsity"]:.1%} of the prunable weights removed: '
+        f'{report["kept"]:,.0f} kept of a budget of {report["budget"]:,.0f}'
+    )
+    with complete_or_absent(path) as temporary:
+        figure.savefig(temporary, dpi=110)
+
+
+def _draw_densities(axes: Any, report: dict[str, Any]) -> None:
+    rows = report['layers']
+    density = [row['params_kept'] / row['params_total'] for row in rows]
+    axes.barh(range(len(rows)), [1.0] * len(rows), color='0.92')
+    axes.barh(range(len(rows)), density, color='tab:blue')
+    for i, (row, share) in enumerate(zip(rows, density)):
+        label = f'{share:.0%} of {row["params_total"]:,}'
+        axes.text(0.99, i, label, va='center', ha='right', fontsize=8)
+    axes.axvline(1 - report['target_sparsity'], color='tab:red', linewidth=1)
+    axes.set_yticks(range(len(rows)), [row['name'] for row in rows], fontsize=8)
+    axes.set(
+        xlim=(0, 1),
+        ylim=(len(rows) - 0.5, -0.5),
+        xlabel='share of weights kept (red: network target)',
+        title='Kept density, first layer on top',
+    )
+
+
+def _draw_block_maps(figure: Any, chosen: list[dict[str, Any]], masks: BlockMasks) -> None:
+    kept = dict(
+        zip(
+            (layer.name for layer in masks.layers),
+            masks.hard_mask().cpu().split(masks.layer_sizes),
+        )
+    )
+    layers = {layer.name: layer for layer in masks.layers}
+    columns = min(4, len(chosen))
+    grid = figure.subplots(-(-len(chosen) // columns), columns, squeeze=False)
+    for axes in grid.flat[len(chosen) :]:
+        axes.axis('off')
+    for axes, row in zip(grid.flat, chosen):
+        image = layers[row['name']].map_of(kept[row['name']])
+        axes.imshow(image, cmap='Blues', vmin=0, vmax=1, aspect='auto', interpolation='nearest')
+        axes.set_title(f'{row["name"]}\n{tuple(row["shape"])}', fontsize=7)
+        axes.tick_params(labelsize=6)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.yaxis.get_major_locator().set_params(integer=True)
+    figure.supxlabel('block of input channels', fontsize=9)
+    figure.supylabel('block of output channels', fontsize=9)
+    figure.suptitle('Kept blocks of the largest layers (dark: all kernel positions)', fontsize=10)
+
+
+def summary_tables(report: dict[str, Any]) -> list[Any]:
+    """Dense and pruned side by side, then one row a layer, as tables for `rich.print`."""
+    from rich.table import Table
+
+    both = Table(title='dense and pruned')
+    for title in ('', 'dense', 'pruned', 'change'):
+        both.add_column(title, justify='left' if not title else 'right')
+    for key, dense in report['dense'].items():
+        pruned = report['pruned'].get(key)
+        if key in ('params', 'macs'):
+            both.add_row(key, f'{dense:,}', f'{pruned:,}', f'{pruned / dense - 1:+.1%}')
+        elif isinstance(dense, (int, float)) and isinstance(pruned, (int, float)):
+            both.add_row(key, f'{dense:.2f}', f'{pruned:.2f}', f'{pruned - dense:+.2f}')
+    layers = Table(
+        title=f'sparsity asked {report["target_sparsity"]:.1%}, got '
+        f'{report["achieved_sparsity"]:.2%} ({report["kept"]:,.0f} weights kept, budget '
+        f'{report["budget"]:,.0f}, next block {report["next_block_cost"]:,.0f})'
+    )
+    for title in ('layer', 'weight', 'block', 'blocks kept', 'weights kept', 'density'):
+        layers.add_column(title, justify='left' if title == 'layer' else 'right')
+    for row in report['layers']:
+        layers.add_row(
+            row['name'],
+            'x'.join(map(str, row['shape'])),
+            'x'.join(map(str, row['block'])),
+            f'{row["blocks_kept"]}/{row["blocks_total"]}',
+            f'{row["params_kept"]:,}/{row["params_total"]:,}',
+            f'{row["params_kept"] / row["params_total"]:.1%}',
+        )
+    return [both, layers]
