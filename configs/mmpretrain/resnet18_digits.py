@@ -27,9 +27,9 @@ test_dataloader = val_dataloader
 
 optim_wrapper = dict(optimizer=dict(lr=0.05, weight_decay=5e-4))
 param_scheduler = dict(
-    _delete_=True, type='CosineAnnealingLR', by_epoch=True, T_max=20, convert_to_iter_based=True
+    _delete_=True, type='CosineAnnealingLR', by_epoch=True, T_max=24, convert_to_iter_based=True
 )
-train_cfg = dict(max_epochs=20, val_interval=2)
-default_hooks = dict(checkpoint=dict(interval=2, max_keep_ckpts=2), logger=dict(interval=10))
+train_cfg = dict(max_epochs=24, val_interval=3)
+default_hooks = dict(checkpoint=dict(interval=3, max_keep_ckpts=2), logger=dict(interval=10))
 env_cfg = dict(dist_cfg=dict(backend='gloo'))
 randomness = dict(seed=0)

@@ -76,12 +76,21 @@ def flat_cost(cost: Tensor | None, importance: Tensor) -> Tensor | None:
     return flat
 
 
+def check_scalar_budget(budget: float | Tensor) -> None:
+    """Raise if the budget is a tensor of more or less than one number."""
+    if isinstance(budget, Tensor) and budget.numel() != 1:
+        raise ValueError(
+            f'budget has shape {tuple(budget.shape)}; it must be one number for all blocks together'
+        )
+
+
 def checked_budget(budget: float | Tensor, total: float) -> float:
     """Return the budget as a float inside [0, total].
 
     Raises:
-        ValueError: budget is NaN or outside [0, total] by more than rounding.
+        ValueError: budget is not one number, NaN, or outside [0, total] by more than rounding.
     """
+    check_scalar_budget(budget)
     value = float(budget)
     slack = BUDGET_SLACK * total
     if not -slack <= value <= total + slack:

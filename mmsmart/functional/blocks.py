@@ -1,8 +1,8 @@
 """Sums over blocks of a tensor, and their reverse.
 
 A block is a box of entries, given by its length along each axis; -1 stands for the whole axis, and
-a length above the axis is cut to it. Blocks start at index 0 of each axis; where the length does not
-divide the axis, the last block is shorter (a ragged edge).
+a length above the axis is cut to it. Blocks start at index 0 of each axis; where the length does
+not divide the axis, the last block is shorter (a ragged edge).
 """
 
 from __future__ import annotations
@@ -39,12 +39,11 @@ def block_reduce(x: Tensor, block: Sequence[int]) -> Tensor:
     """Sum x over each block.
 
     Args:
-        x: any shape.
+        x: any shape, floating point or int64.
         block: as for `block_grid`, one entry an axis.
 
     Returns:
-        Sums, shape ``block_grid(x.shape, block)``; dtype of x, or
-        int64 where x is of integers that had to be added.
+        Sums, shape ``block_grid(x.shape, block)``; dtype of x.
 
     Raises:
         ValueError: as `block_grid`.

@@ -15,7 +15,14 @@ import math
 import torch
 from torch import Tensor
 
-from ._checks import check_importance, check_temperature, checked_budget, flat_cost, on_host
+from ._checks import (
+    check_importance,
+    check_scalar_budget,
+    check_temperature,
+    checked_budget,
+    flat_cost,
+    on_host,
+)
 
 # Far above what the search needs (see benchmarks/soft_topk.py); a bound, so that it always ends.
 _MAX_PASSES = 200
@@ -98,20 +105,20 @@ def _solve_on_host(
     if start is not None and math.isfinite(float(start)):
         guess = (float(start) - centre) / temperature
     else:
-        guess = _first_guess(x, cost, total, goal / total)
+        guess = _first_guess(x, cost, goal, total)
     # A step δ leaves at most δ²/2 of the budget: 5e-9, and 5e-15 where the mask is float64.
     small_step = 1e-7 if m.dtype == torch.float64 else 1e-4
     t = _newton(x, cost, goal, total, reach, guess, small_step)
     return torch.tensor(centre + temperature * t, dtype=torch.float64)
 
 
-def _first_guess(x: Tensor, cost: Tensor | None, total: float, share: float) -> float:
+def _first_guess(x: Tensor, cost: Tensor | None, goal: float, total: float) -> float:
     """Return what the root would be if x were normal: there E σ(x) ≈ σ(E x / √(1 + π/8 Var x))."""
     weighted = x if cost is None else cost * x
     mean = weighted.sum().item() / total
     variance = torch.dot(weighted, x).item() / total - mean * mean
     spread = math.sqrt(1 + math.pi / 8 * max(variance, 0.0))
-    return mean - _logit(share, 1 - share) * spread
+    return mean - _logit(goal, total - goal) * spread
 
 
 def _newton(
@@ -185,6 +192,7 @@ def _solve_on_device(
         return torch.full((), value, dtype=torch.float64, device=m.device)
 
     total = scalar(m.numel()) if cost is None else cost.sum()
+    check_scalar_budget(budget)
     if isinstance(budget, Tensor) and not on_host(budget):
         goal = budget.detach().reshape(()).to(torch.float64)
     else:
@@ -194,7 +202,7 @@ def _solve_on_device(
     centre = 0.5 * least + 0.5 * most
     x = m.to(torch.float64).sub(centre).div_(temperature)
     reach = (0.5 * most - 0.5 * least) / temperature
-    low = -reach - torch.logit(goal / total)
+    low = -reach - (goal.log() - (total - goal).log())
     part = 2 * reach / (_POINTS + 1)
     count = torch.arange(1, _POINTS + 1, dtype=torch.float64, device=m.device)
     for _ in range(_SECTIONS):
