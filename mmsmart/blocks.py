@@ -1,10 +1,10 @@
 """What a block is, and which layers of a network are cut into blocks.
 
 A block is the smallest set of weights that is kept or pruned whole. Its shape is written
-`(out, in, kh, kw)` whatever the layer: :func:`find_layers` turns it to the axes of each layer's own
-weight, clips it to the layer's size and lets the blocks at the far edges be smaller, so that no
-layer is dropped or padded because it does not divide. Blocks of a grouped convolution never straddle
-two groups.
+`(out, in, kh, kw)` whatever the layer: :func:`find_layers` turns it to the axes of each layer's
+own weight, clips it to the layer's size and lets the blocks at the far edges be smaller, so that no
+layer is dropped or padded because it does not divide. Blocks of a grouped convolution never
+straddle two groups.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from mmsmart.functional import block_expand, block_grid, block_reduce, block_sizes
 
@@ -24,8 +25,9 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 PRUNABLE = (*_CONVOLUTIONS, *TRANSPOSED, nn.Linear)
 
 # Layers that rebuild their weight from the parameter before using it (weight standardisation): a
-# zero in the parameter is not a zero in the convolution.
+# zero in the parameter is not a zero in the convolution. Subclasses (mmcv's SAConv2d) do the same.
 _STANDARDISED = ('ConvWS2d', 'ConvAWS2d', 'StdConv2d', 'StdConv2dSame', 'ScaledStdConv2d')
+_PARAMETRISED = 'the weight is computed from other parameters (a parametrization)'
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,8 @@ def find_layers(
 ) -> tuple[list[BlockLayer], list[Excluded]]:
     """Every weight of two or more axes is either cut into blocks or excluded with a reason.
 
+    What becomes of a weight that several modules share is decided where it appears first.
+
     Args:
         model: Any module. Nothing in it is changed.
         block: `(out, in, kh, kw)`; -1 is the whole axis. A layer with fewer kernel axes drops the
@@ -126,22 +130,22 @@ def find_layers(
         The layers in the order of `model.named_modules()`, and what was left out.
 
     Raises:
-        ValueError: For a block with a zero or of the wrong length, or one that is larger than
-            every layer; for a rule with an unknown key or a pattern that matches no weight; if
-            nothing is left to prune.
+        ValueError: For a block with a zero or of the wrong length, or with an entry above that
+            axis of every layer; for a rule with an unknown key, or a pattern that matches no
+            weight; if nothing is left to prune.
 
     Example:
-        >>> layers, excluded = find_layers(nn.Sequential(nn.Conv2d(3, 20, 3), nn.BatchNorm2d(20)))
+        >>> layers, excluded = find_layers(nn.Sequential(nn.Conv2d(12, 20, 3), nn.BatchNorm2d(20)))
         >>> layers[0].name, layers[0].block, layers[0].num_blocks
-        ('0', (16, 3, 1, 1), 18)
+        ('0', (16, 8, 1, 1), 36)
     """
     block = _checked_block('block', block)
     rules = [_checked_rule(index, rule) for index, rule in enumerate(overrides)]
     matched = [False] * len(rules)
     layers: list[BlockLayer] = []
     excluded: list[Excluded] = []
-    fits: dict[tuple[int, ...], bool] = {}
-    seen: dict[int, str] = {}
+    cut_by: dict[tuple[int, ...], list[BlockLayer]] = {}
+    owners: dict[int, str] = {}
     for name, module in model.named_modules():
         layer_block, exclude = block, False
         for index, rule in enumerate(rules):
@@ -149,21 +153,20 @@ def find_layers(
                 matched[index] = matched[index] or _has_weight(module)
                 layer_block = rule.get('block', layer_block)
                 exclude = rule.get('exclude', exclude)
-        reason = 'excluded by a rule of `layers`' if exclude else _reason_to_exclude(module, seen)
+        reason = 'excluded by a rule of `layers`' if exclude else _reason_to_exclude(module)
         for key, parameter in module.named_parameters(recurse=False):
             if parameter.ndim < 2:
                 continue
-            if key != 'weight' or reason:
+            label = name if key == 'weight' else f'{name}.{key}'
+            owner = owners.setdefault(id(parameter), label)
+            if owner != label:
+                excluded.append(Excluded(label, f'the weight is shared with {owner}'))
+            elif key != 'weight' or reason:
                 why = reason or 'not the weight of a convolution or linear layer'
-                excluded.append(Excluded(name if key == 'weight' else f'{name}.{key}', why))
-                continue
-            seen[id(parameter)] = name
-            layer = _cut(name, module, layer_block)
-            layers.append(layer)
-            whole = _block_on_axes(layer_block, module)
-            fits[layer_block] = fits.get(layer_block, False) or all(
-                wanted <= size for wanted, size in zip(whole, layer.view_shape)
-            )
+                excluded.append(Excluded(label, why))
+            else:
+                layers.append(_cut(name, module, layer_block))
+                cut_by.setdefault(layer_block, []).append(layers[-1])
     for rule, found in zip(rules, matched):
         if not found:
             raise ValueError(
@@ -176,13 +179,8 @@ def find_layers(
             f'no prunable layer is left in {type(model).__name__}: {"; ".join(reasons)}. '
             'Loosen the rules of `layers`, or unfreeze the layers to be pruned.'
         )
-    for wanted, fit in fits.items():
-        if not fit:
-            largest = max((tuple(layer.weight.shape) for layer in layers), key=lambda s: (s[0], s))
-            raise ValueError(
-                f'block: {wanted} is larger than every layer it applies to (the widest weight is '
-                f'{largest}). Choose a smaller block, or -1 for a whole axis.'
-            )
+    for wanted, users in cut_by.items():
+        _check_size(wanted, users)
     return layers, excluded
 
 
@@ -203,7 +201,7 @@ def _checked_block(key: str, block: Sequence[int]) -> tuple[int, ...]:
 def _checked_rule(index: int, rule: dict[str, Any]) -> dict[str, Any]:
     allowed = {'pattern', 'block', 'exclude'}
     unknown = set(rule) - allowed
-    if unknown or 'pattern' not in rule:
+    if unknown or 'pattern' not in rule or len(rule) < 2:
         raise ValueError(
             f'layers[{index}]: expected `pattern` and at least one of `block` and `exclude`, got '
             f'the keys {sorted(rule)}.'
@@ -221,23 +219,20 @@ def _has_weight(module: nn.Module) -> bool:
     return any(parameter.ndim >= 2 for parameter in module.parameters(recurse=False))
 
 
-def _reason_to_exclude(module: nn.Module, seen: dict[int, str]) -> str | None:
+def _reason_to_exclude(module: nn.Module) -> str | None:
     """Why the weight of this module can't be cut into blocks, or None if it can."""
+    if isinstance(module, ParametrizationList):
+        return _PARAMETRISED
     if not isinstance(module, PRUNABLE):
         return f'{type(module).__name__} is not a convolution or linear layer'
     weight = module._parameters.get('weight')
     if weight is None:
-        return 'the weight is computed from other parameters (a parametrization)'
-    if id(weight) in seen:
-        return f'the weight is shared with {seen[id(weight)]}'
-    if type(module).__name__ in _STANDARDISED:
+        return _PARAMETRISED
+    if any(base.__name__ in _STANDARDISED for base in type(module).__mro__):
         return 'weight standardisation turns pruned zeros into other values'
     if not weight.requires_grad:
         return 'frozen: the weight does not require a gradient'
-    if getattr(module, 'groups', 1) > 1 and module.groups in (
-        module.in_channels,
-        module.out_channels,
-    ):
+    if getattr(module, 'groups', 1) > 1 and module.groups == module.in_channels:
         return 'depthwise: a filter that is one channel deep holds no block'
     return None
 
@@ -256,6 +251,23 @@ def _block_on_axes(block: Sequence[int], module: nn.Module) -> tuple[int, ...]:
     ends = (in_block, out_block) if isinstance(module, TRANSPOSED) else (out_block, in_block)
     lead = () if getattr(module, 'groups', 1) == 1 else (1,)
     return (*lead, *ends, *kernel)
+
+
+def _check_size(block: tuple[int, ...], layers: Sequence[BlockLayer]) -> None:
+    for axis, entry in enumerate(block):
+        sizes = [shape[axis] for shape in map(_written_shape, layers) if axis < len(shape)]
+        if sizes and entry > max(sizes):
+            raise ValueError(
+                f'block: {entry} in {block} is larger than every layer it applies to (that axis is '
+                f'at most {max(sizes)}). Choose a smaller block, or -1 for a whole axis.'
+            )
+
+
+def _written_shape(layer: BlockLayer) -> tuple[int, ...]:
+    """Shape in which the layer is cut, in the order (out, in, kh, kw) of a written block."""
+    first, second, *kernel = layer.view_shape[-layer.weight.ndim :]
+    swapped = isinstance(layer.module, TRANSPOSED)
+    return (second, first, *kernel) if swapped else (first, second, *kernel)
 
 
 def _cut(name: str, module: nn.Module, block: Sequence[int]) -> BlockLayer:

@@ -48,7 +48,7 @@ def budget_for(cost: Tensor, sparsity: float) -> float:
         200.0
     """
     check_sparsity(sparsity)
-    return float(Decimal(float(cost.sum())) * (1 - Decimal(repr(sparsity))))
+    return float(Decimal(float(cost.sum())) * (1 - Decimal(repr(float(sparsity)))))
 
 
 def count_positions(model: nn.Module, forward: Callable[[], Any]) -> dict[str, int]:

@@ -50,10 +50,12 @@ def activation(layers: Sequence[BlockLayer], norms: dict[str, Tensor]) -> Tensor
 def common_scale(scores: Sequence[Tensor]) -> Tensor:
     """Divide each layer's scores by their mean, then standardise over the network (std 1)."""
     tiny = torch.finfo(torch.float32).tiny
-    flat = torch.cat([score.float() / score.float().mean().clamp_min(tiny) for score in scores])
+    parts = [score.double() for score in scores]
+    flat = torch.cat([part / part.mean().clamp_min(tiny) for part in parts])
     flat = flat - flat.mean()
     spread = flat.std(unbiased=False)
-    return flat / spread if spread > 0 else flat
+    # Around a mean of 1, a smaller spread than this is the rounding of float32 scores.
+    return (flat / spread if spread > 1e-6 else torch.zeros_like(flat)).float()
 
 
 @contextmanager

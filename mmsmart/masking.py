@@ -146,7 +146,7 @@ class BlockMasks:
             temperature: τ > 0 of the first soft mask.
 
         Raises:
-            ValueError: If the importance has another shape or is not finite.
+            ValueError: If the importance has another shape or is not finite, or τ is not above 0.
             RuntimeError: If the search has begun before.
         """
         self._expect('dense', 'begin the search')
@@ -158,12 +158,13 @@ class BlockMasks:
             )
         self._follow_model()
         self.importance.data = importance.detach().to(self._device, torch.float32).clone()
+        self._solve(temperature)
         self._first = self.hard_mask().bool()
         self._latent = [layer.weight.data for layer in self.layers]
         for layer in self.layers:
             layer.weight.data = torch.empty_like(layer.weight.data)
         self.state = 'soft'
-        self._mask_weights(temperature)
+        self._write_masked()
 
     @contextmanager
     def latent_weights(self, temperature: float | None = None) -> Iterator[None]:
@@ -209,7 +210,8 @@ class BlockMasks:
                 self._latent = [layer.weight.data for layer in self.layers]
                 for layer, storage in zip(self.layers, masked):
                     layer.weight.data = storage
-                self._mask_weights(self.temperature if temperature is None else temperature)
+                self._solve(self.temperature if temperature is None else temperature)
+                self._write_masked()
             else:
                 self.zero_pruned()
 
@@ -317,7 +319,7 @@ class BlockMasks:
         self._follow_model()
 
         def here(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(self._device)
+            return None if tensor is None else tensor.to(self._device, copy=True)
 
         self.importance.data = here(state['importance'])
         self.state, self.temperature = state['state'], state['temperature']
@@ -338,12 +340,11 @@ class BlockMasks:
         self.cost = self.cost.to(self._device)
         self.importance.data = self.importance.data.to(self._device)
 
-    def _mask_weights(self, temperature: float) -> None:
+    def _solve(self, temperature: float) -> None:
         self._threshold = solve_threshold(
             self.importance.detach(), self.budget, temperature, self.cost, start=self._threshold
         )
         self.temperature = temperature
-        self._write_masked()
 
     def _write_masked(self) -> None:
         parts = self.mask().split(self.layer_sizes)

@@ -68,7 +68,8 @@ def pruning_report(
 
 
 def save_report(report: dict[str, Any], path: str | Path) -> None:
-    """Write `pruning.json`."""
+    """Write `pruning.json`; NaN and infinity, which JSON does not know, become null."""
+    report = json.loads(json.dumps(report), parse_constant=lambda name: None)
     with complete_or_absent(path) as temporary:
         temporary.write_text(json.dumps(report, indent=2) + '\n')
 
@@ -131,7 +132,9 @@ def _draw_block_maps(figure: Any, chosen: list[dict[str, Any]], masks: BlockMask
         axes.axis('off')
     for axes, row in zip(grid.flat, chosen):
         image = layers[row['name']].map_of(kept[row['name']])
-        axes.imshow(image, cmap='Blues', vmin=0, vmax=1, aspect='auto', interpolation='nearest')
+        axes.imshow(
+            image.numpy(), cmap='Blues', vmin=0, vmax=1, aspect='auto', interpolation='nearest'
+        )
         axes.set_title(f'{row["name"]}\n{tuple(row["shape"])}', fontsize=7)
         axes.tick_params(labelsize=6)
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -151,7 +154,8 @@ def summary_tables(report: dict[str, Any]) -> list[Any]:
     for key, dense in report['dense'].items():
         pruned = report['pruned'].get(key)
         if key in ('params', 'macs'):
-            both.add_row(key, f'{dense:,}', f'{pruned:,}', f'{pruned / dense - 1:+.1%}')
+            change = f'{pruned / dense - 1:+.1%}' if dense else ''
+            both.add_row(key, f'{dense:,}', f'{pruned:,}', change)
         elif isinstance(dense, (int, float)) and isinstance(pruned, (int, float)):
             both.add_row(key, f'{dense:.2f}', f'{pruned:.2f}', f'{pruned - dense:+.2f}')
     layers = Table(

@@ -1,4 +1,4 @@
-"""What has to be measured by running the model once: positions of its layers, norms of its inputs."""
+"""What is measured by running the model: positions of its layers, norms of their inputs."""
 
 from __future__ import annotations
 
@@ -49,9 +49,11 @@ def first_importance(
     if init == 'magnitude':
         return magnitude(masks.layers)
     loader = runner.train_dataloader
+    # A loader with a batch sampler, as detectors have to group shapes, has no batch size of its own.
+    batch_size = loader.batch_size or getattr(loader.batch_sampler, 'batch_size', 1)
     calibration = DataLoader(
         loader.dataset,
-        batch_size=loader.batch_size or 1,
+        batch_size=batch_size,
         sampler=DefaultSampler(loader.dataset, shuffle=True, seed=0),
         collate_fn=loader.collate_fn,
     )

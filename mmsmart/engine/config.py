@@ -87,7 +87,7 @@ class ImportanceStart:
             )
         if isinstance(self.batches, bool) or not isinstance(self.batches, int) or self.batches < 1:
             raise ValueError(
-                f'smart.importance.batches: expected an integer of at least 1, got {self.batches!r}.'
+                f'smart.importance.batches: expected an integer above 0, got {self.batches!r}.'
             )
 
 

@@ -12,7 +12,7 @@ from mmsmart.registry import MODELS
 
 
 # A function and not a wrapping module: hooks and tools that reach into the model find it unchanged.
-@MODELS.register_module()
+@MODELS.register_module(['SmartModel', 'SmartClassifier', 'SmartDetector', 'SmartSegmentor'])
 def SmartModel(model: dict[str, Any] | nn.Module, **pruning: Any) -> nn.Module:
     """Build the upstream model and install block masks on it; what comes back *is* that model.
 

@@ -99,4 +99,9 @@ class SmartAmpOptimWrapper(MaskedStep, AmpOptimWrapper):
 
     def _step_importance(self) -> None:
         if self.masks.state == 'soft':
+            # The scaler judges each optimiser by its own gradients. 0 times an overflow is NaN, so
+            # one in any part of the network holds the importance back too.
+            parameters = [p for group in self.optimizer.param_groups for p in group['params']]
+            total = sum(p.grad.sum() for p in parameters if p.grad is not None)
+            self.masks.importance.grad += 0 * total
             self.loss_scaler.step(self.importance_optimizer)

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mmengine.dist import master_only
+import torch
+from mmengine.dist import get_rank, master_only
 from mmengine.hooks import CheckpointHook, EarlyStoppingHook, EMAHook, Hook, LoggerHook
 from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper, OptimWrapperDict
@@ -17,7 +18,7 @@ from torch import nn
 from mmsmart.engine.calibration import first_importance, layer_positions
 from mmsmart.engine.config import METHODS, ImportanceStart, Stages, Temperature, build
 from mmsmart.engine.optim_wrapper import MaskedStep
-from mmsmart.engine.random_state import random_state, set_random_state, set_torch_random_state
+from mmsmart.engine.random_state import random_state, set_random_state
 from mmsmart.export import save_plain_checkpoint
 from mmsmart.masking import BlockMasks, masks_of
 from mmsmart.registry import HOOKS
@@ -95,7 +96,8 @@ class SmartPruningHook(Hook):
         if self.masks is None:
             return
         _check_architecture(self.masks, checkpoint, allow_missing=self.stages.pretrain > 0)
-        if runner._resume:
+        if runner._resume and not (get_rank() and runner._randomness_cfg.get('diff_rank_seed')):
+            # The first process wrote it; the others draw the same numbers unless told otherwise.
             self._resumed = checkpoint.get('random_state')
 
     def before_train(self, runner: Runner) -> None:
@@ -119,30 +121,33 @@ class SmartPruningHook(Hook):
         self._positions = layer_positions(runner, _plain_model(runner))
 
     def before_train_epoch(self, runner: Runner) -> None:
-        if self._resumed is not None:
-            set_random_state(self._resumed)
+        if self._resumed is None:
+            return
+        set_random_state(self._resumed)
+        loader = runner.train_dataloader
+        if isinstance(runner.train_loop, IterBasedTrainLoop) or loader.persistent_workers:
+            # The uninterrupted run went on with the data iterator that it had. Making one anew
+            # draws a number, which must not come out of the generator that was just put back.
+            loader.generator = torch.Generator()
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         if self.masks is None:
             return
         if self._resumed is not None:
-            # An iteration-based loop makes its data iterator anew after a resume, which draws once
-            # more from torch's generator than the uninterrupted run did.
-            if isinstance(runner.train_loop, IterBasedTrainLoop):
-                set_torch_random_state(self._resumed)
-            self._resumed = None
+            runner.train_dataloader.generator = self._resumed = None
         if runner.iter == self._begin and self.masks.state == 'dense':
             self._begin_search(runner)
         if self.masks.state == 'soft':
             runner.optim_wrapper.temperature = self._temperature(runner.iter + 1)
+            # Now, so that they stand beside the loss that they led to.
+            if self._is_logged(runner, batch_idx):
+                self._log(runner)
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None
     ) -> None:
         if self.masks is None or self.masks.state != 'soft':
             return
-        if self._is_logged(runner, batch_idx):
-            self._log(runner)
         if runner.iter + 1 == self._end:
             self._harden(runner)
 
@@ -225,8 +230,12 @@ class SmartPruningHook(Hook):
 
     @staticmethod
     def _is_logged(runner: Runner, batch_idx: int) -> bool:
-        intervals = [hook.interval for hook in runner.hooks if isinstance(hook, LoggerHook)]
-        return bool(intervals) and (batch_idx + 1) % intervals[0] == 0
+        return any(
+            hook.every_n_inner_iters(batch_idx, hook.interval)
+            or hook.end_of_epoch(runner.train_dataloader, batch_idx)
+            for hook in runner.hooks
+            if isinstance(hook, LoggerHook)
+        )
 
     def _log(self, runner: Runner) -> None:
         masks = self.masks

@@ -12,7 +12,10 @@ import torch
 
 
 def random_state() -> dict[str, Any]:
-    """State of Python's, NumPy's and torch's generators; loads with `weights_only=True`."""
+    """State of Python's, NumPy's and torch's generators; loads with `weights_only=True`.
+
+    Of several GPUs, this is that of the current one, which is all that a process draws from.
+    """
     name, keys, *rest = np.random.get_state()
     state = {
         'python': random.getstate(),
@@ -20,7 +23,7 @@ def random_state() -> dict[str, Any]:
         'torch': torch.get_rng_state(),
     }
     if torch.cuda.is_available():
-        state['cuda'] = torch.cuda.get_rng_state_all()
+        state['cuda'] = torch.cuda.get_rng_state()
     return state
 
 
@@ -29,14 +32,9 @@ def set_random_state(state: dict[str, Any]) -> None:
     random.setstate(state['python'])
     name, keys, *rest = state['numpy']
     np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), *rest))
-    set_torch_random_state(state)
-
-
-def set_torch_random_state(state: dict[str, Any]) -> None:
-    """The same for torch alone."""
     torch.set_rng_state(state['torch'].cpu())
-    if 'cuda' in state and len(state['cuda']) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([device.cpu() for device in state['cuda']])
+    if 'cuda' in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state['cuda'].cpu())
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Our command-line tools are the stock ones of the config's own package, run on `mmsmart::` bases."""
+"""Our train and test tools are those of the config's own package, with `mmsmart::` bases."""
 
 from __future__ import annotations
 
