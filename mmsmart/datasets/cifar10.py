@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ class PackedCIFAR10(BaseDataset):
                 labels = archive[f'{split}_labels']
             images = [
                 mmcv.imfrombytes(jpeg[start:end].tobytes(), channel_order='rgb')
-                for start, end in zip(offsets[:-1], offsets[1:])
+                for start, end in pairwise(offsets)
             ]
         elif (root / 'cifar-10-batches-py').is_dir():
             from mmpretrain.datasets import CIFAR10

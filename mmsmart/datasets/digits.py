@@ -48,7 +48,6 @@ class Digits(BaseDataset):
             dict(
                 img=np.repeat(images[i, :, :, None], 3, axis=2),
                 gt_label=int(digits.target[i]),
-                sample_idx=int(i),
             )
             for i in chosen
         ]

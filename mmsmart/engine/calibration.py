@@ -49,7 +49,7 @@ def first_importance(
     if init == 'magnitude':
         return magnitude(masks.layers)
     loader = runner.train_dataloader
-    # A loader with a batch sampler, as detectors have to group shapes, has no batch size of its own.
+    # A loader with a batch sampler, such as detectors have, knows no batch size of its own.
     batch_size = loader.batch_size or getattr(loader.batch_sampler, 'batch_size', 1)
     calibration = DataLoader(
         loader.dataset,

@@ -161,7 +161,8 @@ class Smart:
     def optimizer_args(self) -> dict[str, Any]:
         """Arguments of `mmsmart.SmartOptimWrapper`."""
         importance = build(Importance, 'smart.importance', self.importance)
-        return dict(importance=dict(lr=importance.lr, optimizer=importance.optimizer))
+        checked = ImportanceOptimizer(importance.lr, importance.optimizer)
+        return dict(importance=dict(lr=checked.lr, optimizer=checked.optimizer))
 
     def hook_args(self) -> dict[str, Any]:
         """Arguments of `mmsmart.SmartPruningHook`."""

@@ -14,7 +14,7 @@ import torch
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from mmengine.registry import OPTIMIZERS
 
-from mmsmart.engine.config import ImportanceOptimizer
+from mmsmart.engine.config import ImportanceOptimizer, build
 from mmsmart.masking import BlockMasks
 from mmsmart.registry import OPTIM_WRAPPERS
 
@@ -29,7 +29,7 @@ class MaskedStep:
 
     def __init__(self, *args: Any, importance: dict[str, Any] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._importance_settings = ImportanceOptimizer(**(importance or {}))
+        self._importance_settings = build(ImportanceOptimizer, 'smart.importance', importance)
         self.masks: BlockMasks | None = None
         self.importance_optimizer: torch.optim.Optimizer | None = None
         self.temperature: float | None = None

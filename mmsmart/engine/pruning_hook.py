@@ -142,6 +142,10 @@ class SmartPruningHook(Hook):
             # Now, so that they stand beside the loss that they led to.
             if self._is_logged(runner, batch_idx):
                 self._log(runner)
+        elif runner.iter == self._end:
+            # The last values of the search would stand in every later log line.
+            for name in ('temperature', 'undecided', 'moved'):
+                runner.message_hub.log_scalars.pop(f'train/{name}', None)
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None
@@ -207,9 +211,6 @@ class SmartPruningHook(Hook):
         for hook in runner.hooks:
             if isinstance(hook, EMAHook):
                 masks.zero_pruned(hook.ema_model.module)
-        # The last values of the search would stand in every later log line.
-        for name in ('temperature', 'undecided', 'moved'):
-            runner.message_hub.log_scalars.pop(f'train/{name}', None)
         # A best score of the dense or soft network would keep every pruned one from being saved.
         info = runner.message_hub.runtime_info
         for key in [key for key in info if key.startswith('best_score')]:

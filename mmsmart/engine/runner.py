@@ -60,6 +60,7 @@ class SmartRunner(Runner):
     def _masked(self, optim_wrapper: dict[str, Any]) -> dict[str, Any]:
         written = optim_wrapper.get('type', 'OptimWrapper')
         name = written if isinstance(written, str) else written.__name__
+        name = name.removeprefix('mmengine.')
         if name in _MASKED_WRAPPERS.values() or (
             isinstance(written, type) and issubclass(written, MaskedStep)
         ):

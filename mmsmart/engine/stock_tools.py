@@ -40,8 +40,9 @@ def run_stock_tool(name: str) -> None:
     spec = importlib.util.find_spec(scope)
     if spec is None:
         raise SystemExit(
-            f'{configs[0]} needs {scope}, which is not installed. `pip install mmsmart[{scope}]` '
-            'brings it.'
+            f'tools/{name} needs {scope}, which is not installed. Install it as its own guide '
+            'says, or `pip install mmsmart[onedl]` in an environment that has no OpenMMLab package '
+            'yet.'
         )
     tool = Path(spec.origin).parent / '.mim' / 'tools' / name
     if not tool.is_file():

@@ -1,6 +1,6 @@
 # Prune the small ResNet at 90 % in blocks of 8x8: 4 epochs of search, 3 of fine-tuning. Train
-# resnet14_1xb128_cifar10.py first and give its checkpoint as `load_from`.
-_base_ = ['./resnet14_1xb128_cifar10.py', '../_base_/smart.py']
+# resnet14_1xb64_cifar10.py first and give its checkpoint as `load_from`.
+_base_ = ['./resnet14_1xb64_cifar10.py', '../_base_/smart.py']
 
 smart = dict(
     sparsity=0.9,

@@ -17,7 +17,7 @@ model = dict(
 
 data_root = '{{$CIFAR10_ROOT:data/cifar10}}'
 train_dataloader = dict(
-    batch_size=128,
+    batch_size=64,
     num_workers=0,
     persistent_workers=False,
     drop_last=True,

@@ -1,0 +1,18 @@
+"""Runs that several tests look at; they are made once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from engine.runs import smart_config, train
+
+
+@pytest.fixture(scope='session')
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict]]:
+    """Folder and notes of an undisturbed run of all three stages."""
+    work_dir = tmp_path_factory.mktemp('finished')
+    outcome = train(smart_config(work_dir))
+    assert outcome.exitcode == 0 and outcome.error is None, outcome.log
+    return work_dir, outcome.value
