@@ -135,7 +135,7 @@ def _draw_block_maps(figure: Any, chosen: list[dict[str, Any]], masks: BlockMask
         axes.imshow(
             image.numpy(), cmap='Blues', vmin=0, vmax=1, aspect='auto', interpolation='nearest'
         )
-        axes.set_title(f'{row["name"]}\n{tuple(row["shape"])}', fontsize=7)
+        axes.set_title(f'{row["name"]}\n{tuple(row["shape"])}', fontsize=6.5)
         axes.tick_params(labelsize=6)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.yaxis.get_major_locator().set_params(integer=True)
@@ -163,15 +163,14 @@ def summary_tables(report: dict[str, Any]) -> list[Any]:
         f'{report["achieved_sparsity"]:.2%} ({report["kept"]:,.0f} weights kept, budget '
         f'{report["budget"]:,.0f}, next block {report["next_block_cost"]:,.0f})'
     )
-    for title in ('layer', 'weight', 'block', 'blocks kept', 'weights kept', 'density'):
-        layers.add_column(title, justify='left' if title == 'layer' else 'right')
+    layers.add_column('layer', overflow='fold')
+    for title in ('weight', 'blocks kept', 'density'):
+        layers.add_column(title, justify='right', no_wrap=True)
     for row in report['layers']:
         layers.add_row(
             row['name'],
             'x'.join(map(str, row['shape'])),
-            'x'.join(map(str, row['block'])),
             f'{row["blocks_kept"]}/{row["blocks_total"]}',
-            f'{row["params_kept"]:,}/{row["params_total"]:,}',
             f'{row["params_kept"] / row["params_total"]:.1%}',
         )
     return [both, layers]

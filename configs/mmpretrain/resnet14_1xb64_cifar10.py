@@ -1,6 +1,6 @@
-# Dense recipe of a ResNet that two CPU cores can train: three stages of 32, 64 and 128 channels
-# at 16, 8 and 4 pixels, 10 epochs over 20,000 training images. The variable CIFAR10_ROOT of the shell
-# names the data folder; see mmsmart.datasets.PackedCIFAR10 for the forms it may hold.
+# Dense recipe of a ResNet that two CPU cores can train: three stages of 32, 64 and 128 channels at
+# 16, 8 and 4 pixels, 10 epochs over 20,000 training images. The environment variable CIFAR10_ROOT
+# names the data folder; mmsmart.datasets.PackedCIFAR10 says which forms of the data it may hold.
 _base_ = ['mmpretrain::resnet/resnet18_8xb16_cifar10.py']
 
 model = dict(
@@ -36,5 +36,5 @@ param_scheduler = dict(
     _delete_=True, type='CosineAnnealingLR', by_epoch=True, T_max=10, convert_to_iter_based=True
 )
 train_cfg = dict(max_epochs=10, val_interval=10)
-default_hooks = dict(checkpoint=dict(max_keep_ckpts=1), logger=dict(interval=50))
+default_hooks = dict(checkpoint=dict(max_keep_ckpts=2), logger=dict(interval=50))
 randomness = dict(seed=0)

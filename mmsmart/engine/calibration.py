@@ -61,6 +61,8 @@ def first_importance(
         for _, batch in zip(range(batches), calibration):
             data = model.data_preprocessor(batch, True)
             model._run_forward(data, mode='loss')
-    importance = activation(masks.layers, norms)
-    dist.all_reduce(importance, op='mean')
-    return importance
+    for name, norm in norms.items():  # each process has seen its own share of the images
+        squares = norm.square()
+        dist.all_reduce(squares, op='mean')
+        norms[name] = squares.sqrt()
+    return activation(masks.layers, norms)

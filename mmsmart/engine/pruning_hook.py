@@ -7,18 +7,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from mmengine.dist import get_rank, master_only
+from mmengine.dist import master_only
 from mmengine.hooks import CheckpointHook, EarlyStoppingHook, EMAHook, Hook, LoggerHook
 from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper, OptimWrapperDict
-from mmengine.runner import IterBasedTrainLoop, Runner
+from mmengine.runner import Runner
 from torch import nn
 
 from mmsmart.engine.calibration import first_importance, layer_positions
 from mmsmart.engine.config import METHODS, ImportanceStart, Stages, Temperature, build
 from mmsmart.engine.optim_wrapper import MaskedStep
-from mmsmart.engine.random_state import random_state, set_random_state
+from mmsmart.engine.random_state import ResumableRandomness
 from mmsmart.export import save_plain_checkpoint
 from mmsmart.masking import BlockMasks, masks_of
 from mmsmart.registry import HOOKS
@@ -66,8 +65,7 @@ class SmartPruningHook(Hook):
         self._metrics: dict[str, float] = {}
         self._metrics_iter: int | None = None
         self._positions: dict[str, int] = {}
-        self._before_val: dict[str, Any] | None = None
-        self._resumed: dict[str, Any] | None = None
+        self._randomness = ResumableRandomness()
 
     def before_run(self, runner: Runner) -> None:
         """Take hold of masks and optimiser wrapper; refuse a run that would train past them."""
@@ -96,9 +94,8 @@ class SmartPruningHook(Hook):
         if self.masks is None:
             return
         _check_architecture(self.masks, checkpoint, allow_missing=self.stages.pretrain > 0)
-        if runner._resume and not (get_rank() and runner._randomness_cfg.get('diff_rank_seed')):
-            # The first process wrote it; the others draw the same numbers unless told otherwise.
-            self._resumed = checkpoint.get('random_state')
+        if runner._resume:
+            self._randomness.load_from(checkpoint, runner)
 
     def before_train(self, runner: Runner) -> None:
         if self.masks is None:
@@ -121,20 +118,12 @@ class SmartPruningHook(Hook):
         self._positions = layer_positions(runner, _plain_model(runner))
 
     def before_train_epoch(self, runner: Runner) -> None:
-        if self._resumed is None:
-            return
-        set_random_state(self._resumed)
-        loader = runner.train_dataloader
-        if isinstance(runner.train_loop, IterBasedTrainLoop) or loader.persistent_workers:
-            # The uninterrupted run went on with the data iterator that it had. Making one anew
-            # draws a number, which must not come out of the generator that was just put back.
-            loader.generator = torch.Generator()
+        self._randomness.before_epoch(runner)
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         if self.masks is None:
             return
-        if self._resumed is not None:
-            runner.train_dataloader.generator = self._resumed = None
+        self._randomness.before_iter(runner)
         if runner.iter == self._begin and self.masks.state == 'dense':
             self._begin_search(runner)
         if self.masks.state == 'soft':
@@ -156,21 +145,17 @@ class SmartPruningHook(Hook):
             self._harden(runner)
 
     def before_val(self, runner: Runner) -> None:
-        # Validation must leave no trace in the training's random numbers, or a run that is resumed
-        # after it would differ from one that ran through.
-        self._before_val = random_state()
+        self._randomness.before_validation()
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         self._metrics, self._metrics_iter = dict(metrics or {}), runner.iter
 
     def after_val(self, runner: Runner) -> None:
-        if self._before_val is not None:
-            set_random_state(self._before_val)
-            self._before_val = None
+        self._randomness.after_validation()
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         if self.masks is not None:
-            checkpoint['random_state'] = self._before_val or random_state()
+            self._randomness.save_to(checkpoint)
 
     def after_train(self, runner: Runner) -> None:
         """Write `pruned.pth`, `pruning.json` and `pruning.png` to `work_dir`."""
