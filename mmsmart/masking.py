@@ -160,9 +160,7 @@ class BlockMasks:
         self.importance.data = importance.detach().to(self._device, torch.float32).clone()
         self._solve(temperature)
         self._first = self.hard_mask().bool()
-        self._latent = [layer.weight.data for layer in self.layers]
-        for layer in self.layers:
-            layer.weight.data = torch.empty_like(layer.weight.data)
+        self._latent = self._exchange([torch.empty_like(layer.weight) for layer in self.layers])
         self.state = 'soft'
         self._write_masked()
 
@@ -178,42 +176,23 @@ class BlockMasks:
         Args:
             temperature: τ > 0 of the next soft mask; the present one if not given.
         """
-        if self.state == 'dense':
-            yield
-            return
-        mask = self._kept.float() if self.state == 'hard' else self.mask()
-        masked = [layer.weight.data for layer in self.layers]
-        grads = []
-        for i, (layer, f) in enumerate(zip(self.layers, mask.split(self.layer_sizes))):
-            weight = layer.weight
-            if self.state == 'soft':
-                grads.append(
-                    torch.zeros_like(f)
-                    if weight.grad is None
-                    else layer.reduce(self._latent[i] * weight.grad).to(f.dtype)
-                )
-                weight.data = self._latent[i]
-            if weight.grad is not None:
-                weight.grad.mul_(layer.expand(f))
         if self.state == 'soft':
-            self.importance.grad = soft_topk_vjp(
-                self.importance.detach(),
-                self._threshold,
-                self.temperature,
-                torch.cat(grads),
-                self.cost,
-            )
-        try:
-            yield
-        finally:
-            if self.state == 'soft':
-                self._latent = [layer.weight.data for layer in self.layers]
-                for layer, storage in zip(self.layers, masked):
-                    layer.weight.data = storage
+            self._pull_back_gradients()
+            masked = self._exchange(self._latent)
+            try:
+                yield
+            finally:
+                self._latent = self._exchange(masked)
                 self._solve(self.temperature if temperature is None else temperature)
                 self._write_masked()
-            else:
+        elif self.state == 'hard':
+            self._mask_gradients()
+            try:
+                yield
+            finally:
                 self.zero_pruned()
+        else:
+            yield
 
     def harden(self) -> None:
         """End the search: keep the blocks of largest importance, set the others to exactly zero.
@@ -339,6 +318,31 @@ class BlockMasks:
         # The masks may have been installed before the model moved to its device.
         self.cost = self.cost.to(self._device)
         self.importance.data = self.importance.data.to(self._device)
+
+    def _pull_back_gradients(self) -> None:
+        """Turn the gradients of w * f into those of w, and give m its own."""
+        grad_mask = torch.zeros_like(self.importance.data)
+        for layer, latent, part in zip(
+            self.layers, self._latent, grad_mask.split(self.layer_sizes)
+        ):
+            if layer.weight.grad is not None:
+                part.copy_(layer.reduce(latent * layer.weight.grad))
+        self._mask_gradients()
+        self.importance.grad = soft_topk_vjp(
+            self.importance.detach(), self._threshold, self.temperature, grad_mask, self.cost
+        )
+
+    def _mask_gradients(self) -> None:
+        for layer, f in zip(self.layers, self.mask().split(self.layer_sizes)):
+            if layer.weight.grad is not None:
+                layer.weight.grad.mul_(layer.expand(f))
+
+    def _exchange(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        """Make the parameters hold these tensors; gives back those that they held."""
+        held = [layer.weight.data for layer in self.layers]
+        for layer, weight in zip(self.layers, weights):
+            layer.weight.data = weight.data
+        return held
 
     def _solve(self, temperature: float) -> None:
         self._threshold = solve_threshold(

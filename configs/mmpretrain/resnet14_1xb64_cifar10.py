@@ -1,7 +1,6 @@
 # Dense recipe of a ResNet that two CPU cores can train: three stages of 32, 64 and 128 channels at
-# 16, 8 and 4 pixels, 10 epochs over 20,000 training images. The environment variable CIFAR10_ROOT
-# names the data folder; mmsmart.datasets.PackedCIFAR10 says which forms of the data it may hold.
-_base_ = ['mmpretrain::resnet/resnet18_8xb16_cifar10.py']
+# 16, 8 and 4 pixels, 10 epochs over 20,000 training images.
+_base_ = ['./resnet18_8xb16_cifar10.py']
 
 model = dict(
     backbone=dict(
@@ -15,19 +14,17 @@ model = dict(
     head=dict(in_channels=128),
 )
 
-data_root = '{{$CIFAR10_ROOT:data/cifar10}}'
 train_dataloader = dict(
     batch_size=64,
     num_workers=0,
     persistent_workers=False,
     drop_last=True,
-    dataset=dict(type='mmsmart.PackedCIFAR10', data_root=data_root, indices=20000),
+    dataset=dict(indices=20000),
 )
 val_dataloader = dict(
     batch_size=500,
     num_workers=0,
     persistent_workers=False,
-    dataset=dict(type='mmsmart.PackedCIFAR10', data_root=data_root),
 )
 test_dataloader = val_dataloader
 

@@ -132,7 +132,10 @@ class Temperature:
     shape: str = 'geometric'
 
     def schedule(self) -> TemperatureSchedule:
-        return TemperatureSchedule(self.start, self.end, self.shape)
+        try:
+            return TemperatureSchedule(self.start, self.end, self.shape)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f'smart.temperature: {error}') from error
 
 
 @dataclass(frozen=True)
