@@ -132,6 +132,7 @@ class BlockMasks:
         self._latent: list[Tensor] = []  # soft only: w, while the parameters hold w * f
         self._first: Tensor | None = None  # hard mask of the first importance
         self._kept: Tensor | None = None  # hard only: the mask, bool
+        self._pruned: list[Tensor] = []  # hard only: where each weight is pruned, bool
 
     @property
     def num_blocks(self) -> int:
@@ -186,7 +187,9 @@ class BlockMasks:
                 self._solve(self.temperature if temperature is None else temperature)
                 self._write_masked()
         elif self.state == 'hard':
-            self._mask_gradients()
+            for layer, pruned in zip(self.layers, self._pruned):
+                if layer.weight.grad is not None:
+                    layer.weight.grad.masked_fill_(pruned, 0)
             try:
                 yield
             finally:
@@ -203,7 +206,7 @@ class BlockMasks:
             RuntimeError: If no search is going on.
         """
         self._expect('soft', 'harden the masks')
-        self._kept = self.hard_mask().bool()
+        self._fix(self.hard_mask().bool())
         for layer, latent in zip(self.layers, self._latent):
             layer.weight.data.copy_(latent)
         self._latent, self._threshold, self.temperature = [], None, None
@@ -235,10 +238,9 @@ class BlockMasks:
             RuntimeError: If the masks are not hard yet.
         """
         self._expect('hard', 'zero pruned weights')
-        for layer, kept in zip(self.layers, self._kept.split(self.layer_sizes)):
+        for layer, pruned in zip(self.layers, self._pruned):
             weight = layer.weight if model is None else model.get_submodule(layer.name).weight
-            pruned = layer.expand(~kept).to(weight.device)
-            weight.data.masked_fill_(pruned, 0)
+            weight.data.masked_fill_(pruned.to(weight.device), 0)
 
     def kept_cost(self) -> float:
         """Cost of the blocks that :meth:`hard_mask` keeps."""
@@ -303,11 +305,11 @@ class BlockMasks:
         self.importance.data = here(state['importance'])
         self.state, self.temperature = state['state'], state['temperature']
         self._threshold, self._first = here(state['threshold']), here(state['first'])
-        self._kept = here(state['kept'])
         if self.state == 'soft':
             self._latent = [here(weight) for weight in state['latent']]
             self._write_masked()
         elif self.state == 'hard':
+            self._fix(here(state['kept']))
             self.zero_pruned()
 
     @property
@@ -322,20 +324,20 @@ class BlockMasks:
     def _pull_back_gradients(self) -> None:
         """Turn the gradients of w * f into those of w, and give m its own."""
         grad_mask = torch.zeros_like(self.importance.data)
-        for layer, latent, part in zip(
-            self.layers, self._latent, grad_mask.split(self.layer_sizes)
-        ):
-            if layer.weight.grad is not None:
-                part.copy_(layer.reduce(latent * layer.weight.grad))
-        self._mask_gradients()
+        masks, grads = self.mask().split(self.layer_sizes), grad_mask.split(self.layer_sizes)
+        for layer, latent, f, g in zip(self.layers, self._latent, masks, grads):
+            grad = layer.weight.grad
+            if grad is not None:
+                g.copy_(layer.reduce(latent * grad))
+                grad.mul_(layer.expand(f))
         self.importance.grad = soft_topk_vjp(
             self.importance.detach(), self._threshold, self.temperature, grad_mask, self.cost
         )
 
-    def _mask_gradients(self) -> None:
-        for layer, f in zip(self.layers, self.mask().split(self.layer_sizes)):
-            if layer.weight.grad is not None:
-                layer.weight.grad.mul_(layer.expand(f))
+    def _fix(self, kept: Tensor) -> None:
+        self._kept = kept
+        parts = kept.split(self.layer_sizes)
+        self._pruned = [layer.expand(~part) for layer, part in zip(self.layers, parts)]
 
     def _exchange(self, weights: Sequence[Tensor]) -> list[Tensor]:
         """Make the parameters hold these tensors; gives back those that they held."""
