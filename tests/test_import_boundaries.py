@@ -15,6 +15,7 @@ FLOOR = {
     'version': 0,
     'functional': 0,
     'registry': 0,
+    'shipped': 0,
     'blocks': 1,
     'budget': 2,
     'importance': 2,

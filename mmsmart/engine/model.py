@@ -22,5 +22,6 @@ def SmartModel(model: dict[str, Any] | nn.Module, **pruning: Any) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         model = MMENGINE_MODELS.build(model)
-    install_masks(model, **pruning)
+    # Some backbones freeze their first stages in `train()` and not before.
+    install_masks(model.train(), **pruning)
     return model

@@ -52,7 +52,8 @@ class SmartRunner(Runner):
     def build_optim_wrapper(self, optim_wrapper: Any) -> OptimWrapper:
         model = self.model.module if is_model_wrapper(self.model) else self.model
         if masks_of(model) is None:
-            install_masks(model, **_smart_of(self.cfg).model_args())
+            # Some backbones freeze their first stages in `train()` and not before.
+            install_masks(model.train(), **_smart_of(self.cfg).model_args())
         if isinstance(optim_wrapper, dict):
             optim_wrapper = self._masked(optim_wrapper)
         return super().build_optim_wrapper(optim_wrapper)

@@ -8,17 +8,36 @@ import sys
 from pathlib import Path
 
 from mmengine.config import Config
-from mmengine.config import utils as config_utils
+
+from mmsmart.shipped import configs_folder
 
 _SCOPES = ('mmpretrain', 'mmdet', 'mmseg')
+_mmengine_cfg_path = Config._get_cfg_path
 
 
 def enable_inheritance() -> None:
-    """Let configs inherit `mmsmart::path` as they do `mmdet::path`.
+    """Let configs inherit `mmsmart::path`, and `mmseg::path` from either family.
 
-    MMEngine knows the packages that may be inherited from by a table of its own.
+    MMEngine finds the folder of `package::` by the name of a distribution, from a table of its own.
+    It has no entry for mmsmart, and that of mmseg names a distribution which the maintained fork
+    does not have.
     """
-    config_utils.MODULE2PACKAGE.setdefault('mmsmart', 'mmsmart')
+    Config._get_cfg_path = staticmethod(_cfg_path)
+
+
+def _cfg_path(cfg_path: str, filename: str) -> tuple[str, str | None]:
+    """Path of a base file, and the registry scope of what it defines."""
+    scope, inherits, name = cfg_path.partition('::')
+    if inherits and scope == 'mmsmart':
+        # Without a scope, as if given by path: our configs hold models of other packages.
+        return str(configs_folder() / name), None
+    try:
+        return _mmengine_cfg_path(cfg_path, filename)
+    except Exception:  # which one depends on the family and on how the package was installed
+        spec = importlib.util.find_spec(scope) if inherits and scope in _SCOPES else None
+        if spec is None:
+            raise
+        return str(Path(spec.origin).parent / '.mim' / 'configs' / name), scope
 
 
 def run_stock_tool(name: str) -> None:

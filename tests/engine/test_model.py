@@ -62,3 +62,18 @@ def test_copy_of_a_model_with_masks_computes_the_same():
     assert torch.equal(twin(images), model(images))
     twin[0].weight.data.zero_()
     assert not torch.equal(twin(images), model(images))
+
+
+class FrozenInTrain(nn.Sequential):
+    """Freezes its first layer as mmdet's CSPDarknet does: not when it is built."""
+
+    def train(self, mode: bool = True) -> FrozenInTrain:
+        super().train(mode)
+        self[0].weight.requires_grad_(False)
+        return self
+
+
+def test_layers_that_are_frozen_in_train_are_left_dense():
+    model = SmartModel(model=FrozenInTrain(nn.Linear(8, 8), nn.Linear(8, 8)), block=(4, 4))
+    assert [layer.name for layer in masks_of(model).layers] == ['1']
+    assert 'frozen' in masks_of(model).excluded[0].reason

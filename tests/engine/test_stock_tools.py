@@ -9,10 +9,11 @@ import sys
 
 import cv2
 import pytest
+from mmengine.config import Config
+from mmengine.config import utils as config_utils
 from sklearn.datasets import load_digits
 
 from engine.runs import (
-    REPO,
     apart,
     pipeline,
     report,
@@ -120,9 +121,66 @@ def test_our_tools_say_how_to_install_a_missing_toolbox(tmp_path, monkeypatch):
     assert 'needs mmseg' in message and 'pip install' in message
 
 
-def test_configs_may_inherit_from_mmsmart():
-    from mmengine.config import utils
-
+def inherited(tmp_path, base) -> Config:
     enable_inheritance()
-    assert utils.MODULE2PACKAGE['mmsmart'] == 'mmsmart'
-    assert (REPO / 'configs').is_dir()
+    enable_inheritance()  # twice is as good as once
+    path = tmp_path / 'config.py'
+    path.write_text(f'_base_ = [{base!r}]')
+    return Config.fromfile(path)
+
+
+def test_configs_may_inherit_from_mmsmart(tmp_path):
+    config = inherited(tmp_path, 'mmsmart::_base_/smart.py')
+    assert config.runner_type == 'mmsmart.SmartRunner'
+    # A scope would make every `type` in it one of mmsmart's.
+    assert '_scope_' not in str(config)
+
+
+def test_models_of_our_configs_belong_to_their_toolbox(tmp_path):
+    config = inherited(tmp_path, 'mmsmart::mmpretrain/resnet18_digits_smart.py')
+    assert config.model['_scope_'] == 'mmpretrain'
+    assert '_scope_' not in config.smart
+
+
+SEGMENTOR = 'unet/unet-s5-d16_fcn_4xb4-160k_cityscapes-512x1024.py'
+UPSTREAM = {
+    'mmpretrain': 'resnet/resnet50_8xb32_in1k.py',
+    'mmdet': 'yolox/yolox_tiny_8xb8-300e_coco.py',
+    'mmseg': SEGMENTOR,
+}
+
+
+@pytest.mark.parametrize(('scope', 'name'), UPSTREAM.items())
+def test_configs_may_inherit_from_every_toolbox(tmp_path, scope, name):
+    assert inherited(tmp_path, f'{scope}::{name}').model['_scope_'] == scope
+
+
+def test_a_toolbox_is_found_whatever_its_distribution_is_called(tmp_path, monkeypatch):
+    """As with onedl-mmsegmentation, which MMEngine's table does not know."""
+    monkeypatch.setitem(config_utils.MODULE2PACKAGE, 'mmseg', 'no-such-distribution')
+    assert inherited(tmp_path, f'mmseg::{SEGMENTOR}').model['_scope_'] == 'mmseg'
+
+
+def test_what_mmengine_finds_itself_is_left_to_it(tmp_path, monkeypatch):
+    """As with the original mmsegmentation: its distribution is the one in MMEngine's table."""
+    configs = tmp_path / 'original/.mim/configs'
+    (configs / 'mine').mkdir(parents=True)
+    (configs / 'mine/config.py').write_text('found_by_mmengine = True')
+    (configs.parent / 'model-index.yml').write_text('Import: []')
+    metadata = tmp_path / 'mmsegmentation-1.2.2.dist-info'
+    metadata.mkdir()
+    (metadata / 'METADATA').write_text('Name: mmsegmentation\nVersion: 1.2.2')
+    (metadata / 'top_level.txt').write_text('original')
+    monkeypatch.syspath_prepend(tmp_path)
+    assert inherited(tmp_path, 'mmseg::mine/config.py').found_by_mmengine
+
+
+@pytest.mark.parametrize('base', [f'{scope}::unet/misspelt.py' for scope in ('mmseg', 'mmsmart')])
+def test_a_base_file_that_does_not_exist_is_named_with_its_path(tmp_path, base):
+    with pytest.raises(FileNotFoundError, match=r'configs/unet/misspelt\.py'):
+        inherited(tmp_path, base)
+
+
+def test_a_package_that_is_not_known_is_refused_by_mmengine(tmp_path):
+    with pytest.raises(AssertionError, match='does not support to load mmnothing config'):
+        inherited(tmp_path, 'mmnothing::a/b.py')
