@@ -24,6 +24,14 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument('--work-dir', default='work_dirs/demo', help='where the files go')
     parser.add_argument('--sparsity', type=float, help='share of the weights to remove')
+    parser.add_argument(
+        '--threads',
+        type=int,
+        default=1,
+        # Measured: on layers this small a second thread gains a quarter of the time on an idle
+        # machine, and takes four times as long where something else runs.
+        help='CPU threads; more than one is faster only on an idle machine',
+    )
     parser.add_argument('--resume', action='store_true', help='go on where a run was interrupted')
     return parser.parse_args()
 
@@ -31,13 +39,15 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     console = Console()
-    console.print('Pruning a ResNet-18 on handwritten digits: about two minutes on two CPU cores.')
+    console.print('Pruning a ResNet-18 on handwritten digits: about three minutes on a CPU.')
     warnings.filterwarnings('ignore', module=r'(mmengine|mmpretrain|mmcv|torch)\b')
+    import torch
     from mmengine.config import Config
     from mmengine.registry import RUNNERS
 
     from mmsmart.report import summary_tables
 
+    torch.set_num_threads(args.threads)
     config = Config.fromfile(_CONFIG)
     config.work_dir = args.work_dir
     config.resume = args.resume

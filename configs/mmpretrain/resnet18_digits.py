@@ -1,5 +1,5 @@
 # Dense recipe: a narrow ResNet-18 on the handwritten digits that ship with scikit-learn, scaled to
-# 32x32 pixels. Needs no download; a minute or two on two CPU cores.
+# 32x32 pixels. Needs no download; a minute or two on a CPU.
 _base_ = ['mmpretrain::resnet/resnet18_8xb16_cifar10.py']
 
 model = dict(backbone=dict(stem_channels=16, base_channels=16), head=dict(in_channels=128))
