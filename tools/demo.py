@@ -62,7 +62,7 @@ def main() -> None:
     report = json.loads((work_dir / 'pruning.json').read_text())
     for table in reversed(summary_tables(report)):
         console.print(table)
-    console.print(f'{seconds:.0f} s for all three stages. In {work_dir}/:')
+    console.print(f'Took {seconds:.0f} s. In {work_dir}/:')
     console.print('  pruned.pth    loads into the stock model, pruned weights are exactly zero')
     console.print('  pruning.json  budget, layers, metrics')
     console.print('  pruning.png   where the network was cut')
