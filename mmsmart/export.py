@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from mmsmart.masking import masks_of
 
 
 def save_plain_checkpoint(
@@ -25,9 +27,22 @@ def save_plain_checkpoint(
         path: The file to write.
         meta: Further entries, such as `dataset_meta`; arrays in it become lists.
     """
-    state = {key: value.detach().cpu() for key, value in model.state_dict().items()}
+    state = {key: value.detach().cpu() for key, value in _stock_state(model).items()}
     with complete_or_absent(path) as temporary:
         torch.save({'state_dict': state, 'meta': plain(meta or {})}, temporary)
+
+
+def _stock_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict without second names that the model gave to its tensors while it ran."""
+    state, masks = model.state_dict(), masks_of(model)
+    if masks is None:
+        return state
+    stock = {value.data_ptr() for key, value in state.items() if key in masks.stock_keys}
+    return {
+        key: value
+        for key, value in state.items()
+        if key in masks.stock_keys or value.data_ptr() not in stock
+    }
 
 
 @contextmanager

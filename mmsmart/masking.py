@@ -74,6 +74,7 @@ def install_masks(
         )
     found, excluded = find_layers(model, block, layers)
     masks = BlockMasks(found, excluded, sparsity)
+    masks.stock_keys = frozenset(model.state_dict())
     setattr(model, _ATTRIBUTE, masks)
     return masks
 
@@ -109,6 +110,7 @@ class BlockMasks:
         layer_sizes: Number of blocks of each layer.
         state: 'dense', 'soft' or 'hard'.
         temperature: τ of the soft mask that is in the weights now.
+        stock_keys: Keys of the model's state dict when the masks were installed.
     """
 
     def __init__(
@@ -127,6 +129,7 @@ class BlockMasks:
         self.importance = nn.Parameter(torch.zeros(len(self.cost)))
         self.state = 'dense'
         self.temperature: float | None = None
+        self.stock_keys: frozenset[str] = frozenset()
         self.layer_sizes = [layer.num_blocks for layer in self.layers]
         self._threshold: Tensor | None = None
         self._latent: list[Tensor] = []  # soft only: w, while the parameters hold w * f

@@ -47,6 +47,25 @@ def test_the_stock_model_loads_the_checkpoint_strictly(tmp_path):
     assert list(checkpoint['state_dict']) == list(stock().state_dict())
 
 
+def test_a_name_that_a_layer_is_given_while_the_model_runs_is_not_saved(tmp_path):
+    """As DDQ DETR does in training: the stock model built anew does not know that name."""
+    model = pruned()
+    model.add_module('alias', model[2])
+    model.register_buffer('seen', torch.ones(2))
+    save_plain_checkpoint(model, tmp_path / 'pruned.pth')
+    state = torch.load(tmp_path / 'pruned.pth', weights_only=True)['state_dict']
+    assert list(state) == ['seen', *stock().state_dict()]
+
+
+def test_a_weight_that_the_stock_model_has_under_two_names_is_saved_under_both(tmp_path):
+    model = stock()
+    model.add_module('alias', model[2])
+    install_masks(model, 0.5)
+    save_plain_checkpoint(model, tmp_path / 'pruned.pth')
+    state = torch.load(tmp_path / 'pruned.pth', weights_only=True)['state_dict']
+    assert list(state) == list(model.state_dict())
+
+
 def test_the_checkpoint_loads_where_mmsmart_is_not_installed(tmp_path):
     model = pruned()
     save_plain_checkpoint(model, tmp_path / 'pruned.pth', {'dataset_meta': {'classes': ('a',)}})
