@@ -60,7 +60,7 @@ def test_a_name_that_a_layer_is_given_while_the_model_runs_is_not_saved(tmp_path
 def test_a_weight_that_the_stock_model_has_under_two_names_is_saved_under_both(tmp_path):
     model = stock()
     model.add_module('alias', model[2])
-    install_masks(model, 0.5)
+    install_masks(model, 0.5, (2, 2, 1, 1))
     save_plain_checkpoint(model, tmp_path / 'pruned.pth')
     state = torch.load(tmp_path / 'pruned.pth', weights_only=True)['state_dict']
     assert list(state) == list(model.state_dict())
