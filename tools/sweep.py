@@ -47,9 +47,9 @@ def main() -> None:
     args = parse_args()
     warnings.filterwarnings('ignore')
     os.environ.setdefault('OMP_NUM_THREADS', '1')
-    from mmsmart.engine.compatibility import markdown
-    from mmsmart.engine.stock_models import distinct_models
-    from mmsmart.engine.trials import tried
+    from mmsmart.engine.sweep.page import markdown
+    from mmsmart.engine.sweep.processes import tried
+    from mmsmart.engine.sweep.stock_models import distinct_models
     from mmsmart.export import complete_or_absent
 
     console = Console()

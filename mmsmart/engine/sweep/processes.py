@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from mmsmart.engine.stock_models import PACKAGES, StockModel, configs_of
-from mmsmart.engine.sweep import blank_row, try_model
+from mmsmart.engine.sweep.stock_models import PACKAGES, StockModel, configs_of
+from mmsmart.engine.sweep.trial import blank_row, try_model
 
 
 @dataclass

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmsmart.engine.stock_models import StockModel
+from mmsmart.engine.sweep.stock_models import StockModel
 
 _OTHER_KINDS = 'not of a convolution or linear layer of torch, most often'
 _HEAD = """# Which stock models can be pruned
@@ -32,7 +32,7 @@ def markdown(rows: Sequence[dict[str, Any]], models: Sequence[StockModel]) -> st
     """The page.
 
     Args:
-        rows: Rows of the models that were tried, from :func:`mmsmart.engine.sweep.try_model`.
+        rows: Rows of the models that were tried, from :func:`mmsmart.engine.sweep.trial.try_model`.
         models: All distinct models, tried or not.
     """
     packages = sorted({model.package for model in models})

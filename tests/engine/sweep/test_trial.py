@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from mmsmart.blocks import find_layers
-from mmsmart.engine.stock_models import StockModel
-from mmsmart.engine.sweep import kept_weights, reason_of, try_model
+from mmsmart.engine.sweep.stock_models import StockModel
+from mmsmart.engine.sweep.trial import kept_weights, reason_of, try_model
 
 
 def test_a_config_that_cannot_be_read_is_a_row_and_not_the_end():

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from mmengine.config import Config
 
-from mmsmart.engine import stock_models
-from mmsmart.engine.stock_models import (
+from mmsmart.engine.sweep import stock_models
+from mmsmart.engine.sweep.stock_models import (
     StockModel,
     configs_of,
     distinct_models,

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmsmart.engine.stock_models import StockModel
-from mmsmart.engine.sweep import blank_row
-from mmsmart.engine.trials import tried
+from mmsmart.engine.sweep.processes import tried
+from mmsmart.engine.sweep.stock_models import StockModel
+from mmsmart.engine.sweep.trial import blank_row
 
 SAMPLE = [
     StockModel('mmdet', 'yolox/yolox_tiny_8xb8-300e_coco.py'),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from mmsmart.engine.compatibility import markdown
-from mmsmart.engine.stock_models import StockModel
+from mmsmart.engine.sweep.page import markdown
+from mmsmart.engine.sweep.stock_models import StockModel
 
 MODELS = [StockModel('mmdet', f'a/{i}.py', configs=i + 1) for i in range(4)]
 

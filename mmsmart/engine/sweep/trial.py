@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmsmart.blocks import BlockLayer
-from mmsmart.engine.stock_models import StockModel, shallower, stock_model_config
-from mmsmart.engine.synthetic import edge_length, input_sizes, synthetic_batch
+from mmsmart.engine.sweep.stock_models import StockModel, shallower, stock_model_config
+from mmsmart.engine.sweep.synthetic import edge_length, input_sizes, synthetic_batch
 from mmsmart.export import save_plain_checkpoint
 from mmsmart.importance import magnitude
 from mmsmart.masking import BlockMasks, install_masks
