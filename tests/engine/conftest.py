@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
 
 from engine.runs import smart_config, train
+
+
+@pytest.fixture(scope='session', autouse=True)
+def fork_server() -> None:
+    """Start the server of `engine.runs`: a process has one, and the first user fills it.
+
+    A later one with mmsmart imported would make every stock process know mmsmart.
+    """
+    forkserver.ensure_running()
 
 
 @pytest.fixture(scope='session')
