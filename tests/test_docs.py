@@ -30,7 +30,7 @@ def test_every_relative_link_leads_to_a_file(page):
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
 def test_every_python_example_parses(page):
     for block in blocks(page):
-        ast.parse(block)
+        assert ast.parse(block).body, f'{page.name} has an empty example'
 
 
 def test_the_plain_torch_example_prunes_to_its_sparsity():
