@@ -453,11 +453,14 @@ class TestOnGPU:
         budget = torch.full((), 200.0, device='cuda')
         request.getfixturevalue('forbid_waiting')
         for amount in (200.0, budget):
-            mask = soft_topk(m, amount, 0.1, cost)
+            mask = soft_topk(m, amount, 0.1, cost)  # a wait raises, here and below
             mask.backward(grad)
             theta = solve_threshold(m, amount, 0.1, cost)
-            soft_mask(m.detach(), theta, 0.1)
-            soft_topk_vjp(m, theta, 0.1, grad, cost)
+            apart = soft_mask(m.detach(), theta, 0.1)
+            pulled = soft_topk_vjp(m, theta, 0.1, grad, cost)
+            # Values can't be looked at without waiting, so this is about where and what they are.
+            for result in (mask, apart, pulled, m.grad):
+                assert (result.device, result.dtype, result.shape) == (m.device, dtype, m.shape)
 
     def test_nan_gives_nan(self):
         m = torch.tensor([1.0, math.nan, 0.0], device='cuda')
