@@ -12,6 +12,8 @@ from mmsmart.budget import count_macs
 from mmsmart.export import complete_or_absent, plain
 from mmsmart.masking import BlockMasks
 
+_MAP_COLUMNS = 4
+
 
 def pruning_report(
     model: nn.Module,
@@ -84,9 +86,10 @@ def draw_report(report: dict[str, Any], masks: BlockMasks, path: str | Path) -> 
     from matplotlib.figure import Figure
 
     rows = report['layers']
-    largest = sorted(rows, key=lambda row: -row['params_total'])[:12]
-    chosen = [row for row in rows if row in largest]
     height = max(5.0, 0.24 * len(rows) + 1.5)
+    # The maps fill the height that the bars take, in lines of about two inches.
+    largest = sorted(rows, key=lambda row: -row['params_total'])[: _MAP_COLUMNS * int(height / 2.1)]
+    chosen = [row for row in rows if row in largest]
     figure = Figure(figsize=(13, height), layout='constrained')
     FigureCanvasAgg(figure)
     bars, maps = figure.subfigures(1, 2, width_ratios=(1, 1.25))
@@ -126,7 +129,7 @@ def _draw_block_maps(figure: Any, chosen: list[dict[str, Any]], masks: BlockMask
         )
     )
     layers = {layer.name: layer for layer in masks.layers}
-    columns = min(4, len(chosen))
+    columns = min(_MAP_COLUMNS, len(chosen))
     grid = figure.subplots(-(-len(chosen) // columns), columns, squeeze=False)
     for axes in grid.flat[len(chosen) :]:
         axes.axis('off')
@@ -135,13 +138,25 @@ def _draw_block_maps(figure: Any, chosen: list[dict[str, Any]], masks: BlockMask
         axes.imshow(
             image.numpy(), cmap='Blues', vmin=0, vmax=1, aspect='auto', interpolation='nearest'
         )
-        axes.set_title(f'{row["name"]}\n{tuple(row["shape"])}', fontsize=6.5)
+        axes.set_title(f'{_wrapped(row["name"])}\n{tuple(row["shape"])}', fontsize=6.5)
         axes.tick_params(labelsize=6)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.yaxis.get_major_locator().set_params(integer=True)
     figure.supxlabel('block of input channels', fontsize=9)
     figure.supylabel('block of output channels', fontsize=9)
     figure.suptitle('Kept blocks of the largest layers (dark: all kernel positions)', fontsize=10)
+
+
+def _wrapped(name: str, width: int = 30) -> str:
+    """Break a module's name at its dots into lines that fit above a map."""
+    lines = ['']
+    for part in name.split('.'):
+        joined = f'{lines[-1]}.{part}' if lines[-1] else part
+        if len(joined) <= width or not lines[-1]:
+            lines[-1] = joined
+        else:
+            lines.append(f'.{part}')
+    return '\n'.join(lines)
 
 
 def summary_tables(report: dict[str, Any]) -> list[Any]:
