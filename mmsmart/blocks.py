@@ -24,6 +24,9 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 PRUNABLE = (*_CONVOLUTIONS, *TRANSPOSED, nn.Linear)
 
+# Deformable convolutions of mmcv and torchvision, which torch alone does not know: their weight is
+# laid out and multiplied like that of a Conv2d, only read at other places of the image.
+_DEFORMABLE = ('DeformConv2d', 'ModulatedDeformConv2d')
 # Layers that rebuild their weight from the parameter before using it (weight standardisation): a
 # zero in the parameter is not a zero in the convolution. Subclasses (mmcv's SAConv2d) do the same.
 _STANDARDISED = ('ConvWS2d', 'ConvAWS2d', 'StdConv2d', 'StdConv2dSame', 'ScaledStdConv2d')
@@ -140,7 +143,7 @@ def find_layers(
         ('0', (16, 8, 1, 1), 36)
     """
     block = _checked_block('block', block)
-    rules = [_checked_rule(index, rule) for index, rule in enumerate(overrides)]
+    rules = [checked_rule(index, rule) for index, rule in enumerate(overrides)]
     matched = [False] * len(rules)
     layers: list[BlockLayer] = []
     excluded: list[Excluded] = []
@@ -149,7 +152,7 @@ def find_layers(
     for name, module in model.named_modules():
         layer_block, exclude = block, False
         for index, rule in enumerate(rules):
-            if _matches(rule['pattern'], name):
+            if matches(rule['pattern'], name):
                 matched[index] = matched[index] or _has_weight(module)
                 layer_block = rule.get('block', layer_block)
                 exclude = rule.get('exclude', exclude)
@@ -165,7 +168,7 @@ def find_layers(
                 why = reason or 'not the weight of a convolution or linear layer'
                 excluded.append(Excluded(label, why))
             else:
-                layers.append(_cut(name, module, layer_block))
+                layers.append(cut_layer(name, module, layer_block))
                 cut_by.setdefault(layer_block, []).append(layers[-1])
     for rule, found in zip(rules, matched):
         if not found:
@@ -184,6 +187,15 @@ def find_layers(
     return layers, excluded
 
 
+def is_layer(module: nn.Module) -> bool:
+    """Whether a module is a convolution, deformable ones included, or a linear layer."""
+    return isinstance(module, PRUNABLE) or _derives_from(module, _DEFORMABLE)
+
+
+def _derives_from(module: nn.Module, names: Sequence[str]) -> bool:
+    return any(base.__name__ in names for base in type(module).__mro__)
+
+
 def _checked_block(key: str, block: Sequence[int]) -> tuple[int, ...]:
     if isinstance(block, str) or not isinstance(block, Sequence) or len(block) < 2:
         raise ValueError(
@@ -198,7 +210,8 @@ def _checked_block(key: str, block: Sequence[int]) -> tuple[int, ...]:
     return tuple(block)
 
 
-def _checked_rule(index: int, rule: dict[str, Any]) -> dict[str, Any]:
+def checked_rule(index: int, rule: dict[str, Any]) -> dict[str, Any]:
+    """The rule, once its keys and values are known to be right."""
     allowed = {'pattern', 'block', 'exclude'}
     unknown = set(rule) - allowed
     if unknown or 'pattern' not in rule or len(rule) < 2:
@@ -211,7 +224,8 @@ def _checked_rule(index: int, rule: dict[str, Any]) -> dict[str, Any]:
     return rule
 
 
-def _matches(pattern: str, name: str) -> bool:
+def matches(pattern: str, name: str) -> bool:
+    """Whether a rule's pattern means the layer of this name."""
     return fnmatch.fnmatchcase(name, pattern) or name.startswith(f'{pattern}.')
 
 
@@ -223,12 +237,12 @@ def _reason_to_exclude(module: nn.Module) -> str | None:
     """Why the weight of this module can't be cut into blocks, or None if it can."""
     if isinstance(module, ParametrizationList):
         return _PARAMETRISED
-    if not isinstance(module, PRUNABLE):
+    if not is_layer(module):
         return f'{type(module).__name__} is not a convolution or linear layer'
     weight = module._parameters.get('weight')
     if weight is None:
         return _PARAMETRISED
-    if any(base.__name__ in _STANDARDISED for base in type(module).__mro__):
+    if _derives_from(module, _STANDARDISED):
         return 'weight standardisation turns pruned zeros into other values'
     if not weight.requires_grad:
         return 'frozen: the weight does not require a gradient'
@@ -270,7 +284,8 @@ def _written_shape(layer: BlockLayer) -> tuple[int, ...]:
     return (second, first, *kernel) if swapped else (first, second, *kernel)
 
 
-def _cut(name: str, module: nn.Module, block: Sequence[int]) -> BlockLayer:
+def cut_layer(name: str, module: nn.Module, block: Sequence[int]) -> BlockLayer:
+    """The weight of one layer in blocks `(out, in, kh, kw)`, clipped to its size."""
     view_shape = _view_shape(module)
     clipped = tuple(
         size if wanted == -1 else min(wanted, size)

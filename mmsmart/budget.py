@@ -15,11 +15,80 @@ import torch
 from torch import Tensor, nn
 
 from mmsmart.blocks import PRUNABLE, TRANSPOSED, BlockLayer
+from mmsmart.channels import ChannelGroup, ChannelLayer
+from mmsmart.functional import CoupledCost
+from mmsmart.shrink import is_grouped
 
 
-def block_cost(layers: Sequence[BlockLayer]) -> Tensor:
-    """Number of weights of every block of the network, float64 `(num_blocks,)`."""
-    return torch.cat([layer.sizes() for layer in layers]).double()
+def block_cost(layers: Sequence[BlockLayer], positions: dict[str, int] | None = None) -> Tensor:
+    """What every block of the network costs, float64 `(num_blocks,)`.
+
+    Args:
+        layers: The layers, in the order of their blocks.
+        positions: Uses of each layer's weights in one forward pass, by name (see
+            :func:`count_positions`): the cost is then in MACs. None counts weights.
+    """
+    return torch.cat(
+        [layer.sizes() * _uses(positions, layer.name) for layer in layers] or [torch.zeros(0)]
+    ).double()
+
+
+def coupled_cost(
+    layers: Sequence[ChannelLayer],
+    groups: Sequence[ChannelGroup],
+    positions: dict[str, int] | None = None,
+) -> CoupledCost:
+    """What a network costs by the channels it keeps: weights, biases and norms, or MACs.
+
+    Args:
+        layers: All layers that lose channels.
+        groups: The groups of units.
+        positions: As for :func:`block_cost`; biases and norms cost no MACs.
+    """
+    num_units = sum(len(group.units) for group in groups)
+    group_of = torch.empty(num_units, dtype=torch.long)
+    for index, group in enumerate(groups):
+        group_of[list(group.units)] = index
+    size = torch.tensor([len(group.units) for group in groups], dtype=torch.float64)
+
+    def places(units: Tensor) -> Tensor:
+        """Channels that one unit of each group has among these."""
+        found = torch.bincount(group_of[units[units >= 0]], minlength=len(groups))
+        return found / size
+
+    linear = torch.zeros(len(groups), dtype=torch.float64)
+    constant, rows = 0.0, []
+    for layer in layers:
+        uses, vectors = _uses(positions, layer.name), int(layer.module.bias is not None)
+        stays = int((layer.out < 0).sum())
+        if layer.in_ is None:
+            vectors += 1
+        elif is_grouped(layer.module):  # its weights leave with its groups
+            each = layer.module.weight.numel() // len(layer.out) * uses
+            linear += each * places(layer.out)
+            constant += each * stays
+        else:
+            kernel = layer.module.weight[0, 0].numel() * uses
+            rest = int((layer.in_ < 0).sum())
+            rows.append((kernel, places(layer.out), places(layer.in_), stays, rest))
+        if positions is None:
+            linear += vectors * places(layer.out)
+            constant += vectors * stays
+    kernel, out, in_, out_rest, in_rest = zip(*rows)
+    return CoupledCost(
+        group=group_of,
+        unit=torch.tensor(kernel, dtype=torch.float64),
+        out=torch.stack(out).double(),
+        in_=torch.stack(in_).double(),
+        out_rest=torch.tensor(out_rest, dtype=torch.float64),
+        in_rest=torch.tensor(in_rest, dtype=torch.float64),
+        linear=linear,
+        constant=constant,
+    )
+
+
+def _uses(positions: dict[str, int] | None, name: str) -> int:
+    return 1 if positions is None else positions.get(name, 0)
 
 
 def check_sparsity(sparsity: float) -> None:

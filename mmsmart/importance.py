@@ -51,11 +51,15 @@ def common_scale(scores: Sequence[Tensor]) -> Tensor:
     """Divide each layer's scores by their mean, then standardise over the network (std 1)."""
     tiny = torch.finfo(torch.float32).tiny
     parts = [score.double() for score in scores]
-    flat = torch.cat([part / part.mean().clamp_min(tiny) for part in parts])
-    flat = flat - flat.mean()
-    spread = flat.std(unbiased=False)
+    return standardised(torch.cat([part / part.mean().clamp_min(tiny) for part in parts]))
+
+
+def standardised(scores: Tensor) -> Tensor:
+    """Mean 0 and standard deviation 1 over the network; zeros where all scores are the same."""
+    centred = scores.double() - scores.double().mean()
+    spread = centred.std(unbiased=False)
     # Around a mean of 1, a smaller spread than this is the rounding of float32 scores.
-    return (flat / spread if spread > 1e-6 else torch.zeros_like(flat)).float()
+    return (centred / spread if spread > 1e-6 else torch.zeros_like(centred)).float()
 
 
 @contextmanager

@@ -29,8 +29,11 @@ import torch
 from torch import Tensor, nn
 
 from mmsmart.blocks import BlockLayer, Excluded, find_layers
-from mmsmart.budget import block_cost, budget_for
-from mmsmart.functional import hard_topk, soft_mask, soft_topk_vjp, solve_threshold
+from mmsmart.budget import check_sparsity
+from mmsmart.channels import find_channels
+from mmsmart.dependency import Forward
+from mmsmart.functional import soft_mask, soft_topk_vjp
+from mmsmart.plans import BlockPlan, ChannelPlan
 
 _ATTRIBUTE = 'block_masks'
 
@@ -38,20 +41,29 @@ _ATTRIBUTE = 'block_masks'
 def install_masks(
     model: nn.Module,
     sparsity: float = 0.5,
-    block: Sequence[int] = (16, 8, 1, 1),
+    block: Sequence[int] | str = (16, 8, 1, 1),
     layers: Sequence[dict[str, Any]] = (),
+    positions: dict[str, int] | None = None,
+    forward: Forward | None = None,
+    round_to: int = 1,
 ) -> BlockMasks:
     """Give a model masks over its blocks; its weights stay as they are until the search begins.
 
     Args:
         model: Any module with convolutions or linear layers.
         sparsity: Share of the prunable weights to remove, in [0, 1).
-        block: `(out, in, kh, kw)`, -1 for a whole axis; see :func:`mmsmart.blocks.find_layers`.
+        block: `(out, in, kh, kw)`, -1 for a whole axis; see :func:`mmsmart.blocks.find_layers`. Or
+            'channel': coupled output channels, see :func:`mmsmart.channels.find_channels`.
         layers: Overrides by name pattern; see :func:`mmsmart.blocks.find_layers`.
+        positions: Uses of each layer's weights by name, as `mmsmart.budget.count_positions` gives
+            them: the budget then counts MACs. None counts parameters.
+        forward: For 'channel': runs a model like this one on one image and gives all its outputs.
+        round_to: For 'channel': channels left in each group are a multiple of it, or all.
 
     Raises:
         ValueError: If the model has masks already, nothing can be pruned, or an argument is out of
             its range.
+        ModuleNotFoundError: For 'channel', if Torch-Pruning is not installed.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
@@ -72,11 +84,25 @@ def install_masks(
             f'{type(model).__name__} has block masks already. Remove them with '
             '`mmsmart.remove_masks(model)` before new ones are installed.'
         )
-    found, excluded = find_layers(model, block, layers)
-    masks = BlockMasks(found, excluded, sparsity)
+    check_sparsity(sparsity)
+    if block == 'channel':
+        if forward is None:
+            raise ValueError("forward: block='channel' needs a forward pass to follow, got None.")
+        plan = ChannelPlan(
+            *find_channels(model, forward, layers), sparsity, positions, _checked(round_to)
+        )
+    else:
+        plan = BlockPlan(*find_layers(model, block, layers), sparsity, positions)
+    masks = BlockMasks(plan)
     masks.stock_keys = frozenset(model.state_dict())
     setattr(model, _ATTRIBUTE, masks)
     return masks
+
+
+def _checked(round_to: int) -> int:
+    if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
+        raise ValueError(f'round_to: expected an integer above 0, got {round_to!r}.')
+    return round_to
 
 
 def masks_of(model: nn.Module) -> BlockMasks | None:
@@ -100,47 +126,59 @@ def remove_masks(model: nn.Module) -> None:
 class BlockMasks:
     """The importances of all blocks of a network, their budget, and the weights they silence.
 
+    Args:
+        plan: What the blocks are, what they cost, and which weights they silence.
+
     Attributes:
-        layers: The layers cut into blocks; block vectors follow their order.
-        excluded: Weights that stay dense, with the reason.
-        sparsity: Target share of the weights to remove.
-        cost: Number of weights of every block, float64 `(num_blocks,)`.
-        budget: Cost that may be kept.
+        plan: As given.
         importance: m, float32 `(num_blocks,)`, a parameter for an optimiser of its own.
-        layer_sizes: Number of blocks of each layer.
         state: 'dense', 'soft' or 'hard'.
         temperature: τ of the soft mask that is in the weights now.
         stock_keys: Keys of the model's state dict when the masks were installed.
     """
 
-    def __init__(
-        self, layers: Sequence[BlockLayer], excluded: Sequence[Excluded], sparsity: float
-    ) -> None:
-        self.layers = list(layers)
-        self.excluded = list(excluded)
-        self.sparsity = sparsity
-        self.cost = block_cost(self.layers)
-        self.budget = budget_for(self.cost, sparsity)
-        if self.budget < float(self.cost.min()):
-            raise ValueError(
-                f'sparsity: {sparsity} leaves a budget of {self.budget:g} weights, less than the '
-                f'smallest block ({float(self.cost.min()):g}). Lower it, or choose smaller blocks.'
-            )
-        self.importance = nn.Parameter(torch.zeros(len(self.cost)))
+    def __init__(self, plan: BlockPlan | ChannelPlan) -> None:
+        self.plan = plan
+        self.importance = nn.Parameter(torch.zeros(plan.num_blocks))
         self.state = 'dense'
         self.temperature: float | None = None
         self.stock_keys: frozenset[str] = frozenset()
-        self.layer_sizes = [layer.num_blocks for layer in self.layers]
         self._threshold: Tensor | None = None
         self._latent: list[Tensor] = []  # soft only: w, while the parameters hold w * f
         self._first: Tensor | None = None  # hard mask of the first importance
         self._kept: Tensor | None = None  # hard only: the mask, bool
-        self._pruned: list[Tensor] = []  # hard only: where each weight is pruned, bool
+        # Hard only: every parameter with pruned weights, its key, and where it is pruned.
+        self._pruned: list[tuple[str, nn.Parameter, Tensor]] = []
+
+    @property
+    def layers(self) -> list[BlockLayer]:
+        """The layers whose blocks, or output channels, are pruned."""
+        return self.plan.layers
+
+    @property
+    def excluded(self) -> list[Excluded]:
+        """Weights that stay dense, with the reason."""
+        return self.plan.excluded
+
+    @property
+    def sparsity(self) -> float:
+        """Target share of the cost to remove."""
+        return self.plan.sparsity
+
+    @property
+    def budget(self) -> float:
+        """Cost that may be kept."""
+        return self.plan.budget
+
+    @property
+    def total_cost(self) -> float:
+        """Cost of all that is prunable."""
+        return self.plan.total
 
     @property
     def num_blocks(self) -> int:
         """N, the number of blocks over all layers."""
-        return len(self.cost)
+        return self.plan.num_blocks
 
     def begin(self, importance: Tensor, temperature: float) -> None:
         """Start the search: the soft mask of this importance goes into the weights.
@@ -164,7 +202,7 @@ class BlockMasks:
         self.importance.data = importance.detach().to(self._device, torch.float32).clone()
         self._solve(temperature)
         self._first = self.hard_mask().bool()
-        self._latent = self._exchange([torch.empty_like(layer.weight) for layer in self.layers])
+        self._latent = self._exchange([torch.empty_like(w) for w in self.plan.weights])
         self.state = 'soft'
         self._write_masked()
 
@@ -190,9 +228,9 @@ class BlockMasks:
                 self._solve(self.temperature if temperature is None else temperature)
                 self._write_masked()
         elif self.state == 'hard':
-            for layer, pruned in zip(self.layers, self._pruned):
-                if layer.weight.grad is not None:
-                    layer.weight.grad.masked_fill_(pruned, 0)
+            for _, weight, pruned in self._pruned:
+                if weight.grad is not None:
+                    weight.grad.masked_fill_(pruned, 0)
             try:
                 yield
             finally:
@@ -210,8 +248,8 @@ class BlockMasks:
         """
         self._expect('soft', 'harden the masks')
         self._fix(self.hard_mask().bool())
-        for layer, latent in zip(self.layers, self._latent):
-            layer.weight.data.copy_(latent)
+        for weight, latent in zip(self.plan.weights, self._latent):
+            weight.data.copy_(latent)
         self._latent, self._threshold, self.temperature = [], None, None
         self.importance.grad = None
         self.state = 'hard'
@@ -229,7 +267,7 @@ class BlockMasks:
         """The mask that :meth:`harden` would set now, 0 or 1, float32 `(num_blocks,)`."""
         if self.state == 'hard':
             return self._kept.float()
-        return hard_topk(self.importance.detach(), self.budget, self.cost)
+        return self.plan.top(self.importance.detach())
 
     def zero_pruned(self, model: nn.Module | None = None) -> None:
         """Set the pruned weights to exactly zero, in this model or in a copy of it.
@@ -241,25 +279,21 @@ class BlockMasks:
             RuntimeError: If the masks are not hard yet.
         """
         self._expect('hard', 'zero pruned weights')
-        for layer, pruned in zip(self.layers, self._pruned):
-            weight = layer.weight if model is None else model.get_submodule(layer.name).weight
+        for key, weight, pruned in self._pruned:
+            weight = weight if model is None else model.get_parameter(key)
             weight.data.masked_fill_(pruned.to(weight.device), 0)
 
     def kept_cost(self) -> float:
         """Cost of the blocks that :meth:`hard_mask` keeps."""
-        return float(self.cost[self.hard_mask().bool()].sum())
+        return self.plan.spent(self.hard_mask())
 
     def next_block_cost(self) -> float:
         """Cost of the most important pruned block: it is more than what is left of the budget."""
-        pruned = ~self.hard_mask().bool()
-        if not bool(pruned.any()):
-            return 0.0
-        scores = self.importance.detach().masked_fill(~pruned, -torch.inf)
-        return float(self.cost[scores.argmax()])
+        return self.plan.next_cost(self.importance.detach(), self.hard_mask())
 
     def soft_sparsity(self) -> float:
         """Share of the cost that the present mask removes."""
-        return 1 - float((self.cost * self.mask()).sum() / self.cost.sum())
+        return 1 - self.plan.spent(self.mask()) / self.total_cost
 
     def undecided(self, margin: float = 0.05) -> float:
         """Share of blocks whose mask is neither within `margin` of 0 nor of 1."""
@@ -276,7 +310,7 @@ class BlockMasks:
         """Everything a later process needs to go on bit for bit; tensors, numbers, names only."""
         return {
             'state': self.state,
-            'layers': self._plan(),
+            'layers': self.plan.description(),
             'budget': self.budget,
             'importance': self.importance.detach().clone(),
             'temperature': self.temperature,
@@ -293,7 +327,7 @@ class BlockMasks:
             ValueError: If it was taken from other layers, blocks or another budget.
         """
         self._expect('dense', 'load masks')
-        for key, mine in (('layers', self._plan()), ('budget', self.budget)):
+        for key, mine in (('layers', self.plan.description()), ('budget', self.budget)):
             if state[key] != mine:
                 raise ValueError(
                     f'masks: the checkpoint was made with other {key} than this model has '
@@ -317,51 +351,56 @@ class BlockMasks:
 
     @property
     def _device(self) -> torch.device:
-        return self.layers[0].weight.device
+        return self.plan.layers[0].weight.device
 
     def _follow_model(self) -> None:
         # The masks may have been installed before the model moved to its device.
-        self.cost = self.cost.to(self._device)
+        self.plan.follow(self._device)
         self.importance.data = self.importance.data.to(self._device)
 
     def _pull_back_gradients(self) -> None:
         """Turn the gradients of w * f into those of w, and give m its own."""
-        grad_mask = torch.zeros_like(self.importance.data)
-        masks, grads = self.mask().split(self.layer_sizes), grad_mask.split(self.layer_sizes)
-        for layer, latent, f, g in zip(self.layers, self._latent, masks, grads):
-            grad = layer.weight.grad
-            if grad is not None:
-                g.copy_(layer.reduce(latent * grad))
-                grad.mul_(layer.expand(f))
+        mask = self.mask()
+
+        def products() -> Iterator[Tensor | None]:
+            for weight, latent, f in zip(self.plan.weights, self._latent, self.plan.spread(mask)):
+                product = None
+                if weight.grad is not None:
+                    product = latent * weight.grad
+                    weight.grad.mul_(f)
+                yield product
+
+        grad_mask = self.plan.gather(products(), torch.zeros_like(self.importance.data))
         self.importance.grad = soft_topk_vjp(
-            self.importance.detach(), self._threshold, self.temperature, grad_mask, self.cost
+            self.importance.detach(),
+            self._threshold,
+            self.temperature,
+            grad_mask,
+            self.plan.price(mask),
         )
 
     def _fix(self, kept: Tensor) -> None:
         self._kept = kept
-        parts = kept.split(self.layer_sizes)
-        self._pruned = [layer.expand(~part) for layer, part in zip(self.layers, parts)]
+        self._pruned = self.plan.pruned(kept)
 
     def _exchange(self, weights: Sequence[Tensor]) -> list[Tensor]:
         """Make the parameters hold these tensors; gives back those that they held."""
-        held = [layer.weight.data for layer in self.layers]
-        for layer, weight in zip(self.layers, weights):
-            layer.weight.data = weight.data
+        parameters = self.plan.weights
+        held = [parameter.data for parameter in parameters]
+        for parameter, weight in zip(parameters, weights):
+            parameter.data = weight.data
         return held
 
     def _solve(self, temperature: float) -> None:
-        self._threshold = solve_threshold(
-            self.importance.detach(), self.budget, temperature, self.cost, start=self._threshold
+        self._threshold = self.plan.threshold(
+            self.importance.detach(), temperature, self._threshold
         )
         self.temperature = temperature
 
     def _write_masked(self) -> None:
-        parts = self.mask().split(self.layer_sizes)
-        for layer, latent, f in zip(self.layers, self._latent, parts):
-            torch.mul(latent, layer.expand(f), out=layer.weight.data)
-
-    def _plan(self) -> list[list[Any]]:
-        return [[layer.name, list(layer.view_shape), list(layer.block)] for layer in self.layers]
+        parts = self.plan.spread(self.mask())
+        for weight, latent, f in zip(self.plan.weights, self._latent, parts):
+            torch.mul(latent, f, out=weight.data)
 
     def _expect(self, state: str, action: str) -> None:
         if self.state != state:

@@ -6,13 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from mmsmart.budget import count_macs
+from mmsmart.channels import pruned_weights
 from mmsmart.export import complete_or_absent, plain
 from mmsmart.masking import BlockMasks
+from mmsmart.plans import BlockPlan, ChannelPlan
 
 _MAP_COLUMNS = 4
+_UNITS = {'params': 'weights', 'macs': 'MACs'}
 
 
 def pruning_report(
@@ -28,45 +31,89 @@ def pruning_report(
     `block` is written on the axes of the weight itself, clipped to the layer; the blocks of a layer
     with several `groups` are cut in each group apart. Parameters are all parameters of the model;
     MACs are those of its convolutions and linear layers for one image.
+
+    Of coupled channels, `block` is 'channel', blocks are a layer's output channels, its parameters
+    include the bias, norms have rows too, and `groups` lists which layers lose channels together.
     """
+    plan, kept = masks.plan, masks.hard_mask().bool()
+    rows = (_channel_rows if isinstance(plan, ChannelPlan) else _block_rows)(plan, kept, positions)
+    params = sum(parameter.numel() for parameter in model.parameters())
+    macs = count_macs(model, positions)
+    params_cut = sum(row['params_total'] - row['params_kept'] for row in rows)
+    macs_cut = sum(row['macs_total'] - row['macs_kept'] for row in rows)
+    report = {
+        'method': method,
+        'resource': plan.resource,
+        'target_sparsity': masks.sparsity,
+        'achieved_sparsity': 1 - masks.kept_cost() / masks.total_cost,
+        'budget': masks.budget,
+        'kept': masks.kept_cost(),
+        'next_block_cost': masks.next_block_cost(),
+        'dense': {'params': params, 'macs': macs, **dense_metrics},
+        'pruned': {'params': params - params_cut, 'macs': macs - macs_cut, **pruned_metrics},
+        'layers': rows,
+        'excluded': [{'name': item.name, 'reason': item.reason} for item in masks.excluded],
+    }
+    if isinstance(plan, ChannelPlan):
+        report['groups'] = [
+            {
+                'name': group.name,
+                'layers': list(group.layers),
+                'channels_total': len(group.units),
+                'channels_kept': int(kept[list(group.units)].sum()),
+            }
+            for group in plan.groups
+        ]
+    return plain(report)
+
+
+def _block_rows(plan: BlockPlan, kept: Tensor, positions: dict[str, int]) -> list[dict[str, Any]]:
     rows = []
-    for layer, kept in zip(masks.layers, masks.hard_mask().bool().split(masks.layer_sizes)):
+    for layer, stays in zip(plan.layers, kept.split(plan.layer_sizes)):
         sizes = layer.sizes().to(kept.device)
         used = positions.get(layer.name, 0)
-        total, left = int(sizes.sum()), int(sizes[kept].sum())
+        total, left = int(sizes.sum()), int(sizes[stays].sum())
         rows.append(
             {
                 'name': layer.name,
                 'shape': list(layer.weight.shape),
                 'block': list(layer.weight_block),
                 'groups': layer.groups,
-                'blocks_total': len(kept),
-                'blocks_kept': int(kept.sum()),
+                'blocks_total': len(stays),
+                'blocks_kept': int(stays.sum()),
                 'params_total': total,
                 'params_kept': left,
                 'macs_total': total * used,
                 'macs_kept': left * used,
             }
         )
-    params = sum(parameter.numel() for parameter in model.parameters())
-    macs = count_macs(model, positions)
-    params_cut = sum(row['params_total'] - row['params_kept'] for row in rows)
-    macs_cut = sum(row['macs_total'] - row['macs_kept'] for row in rows)
-    return plain(
-        {
-            'method': method,
-            'resource': 'params',
-            'target_sparsity': masks.sparsity,
-            'achieved_sparsity': 1 - masks.kept_cost() / float(masks.cost.sum()),
-            'budget': masks.budget,
-            'kept': masks.kept_cost(),
-            'next_block_cost': masks.next_block_cost(),
-            'dense': {'params': params, 'macs': macs, **dense_metrics},
-            'pruned': {'params': params - params_cut, 'macs': macs - macs_cut, **pruned_metrics},
-            'layers': rows,
-            'excluded': [{'name': item.name, 'reason': item.reason} for item in masks.excluded],
-        }
-    )
+    return rows
+
+
+def _channel_rows(
+    plan: ChannelPlan, kept: Tensor, positions: dict[str, int]
+) -> list[dict[str, Any]]:
+    rows = []
+    for layer in plan.channels:
+        gone = {key: int(where.sum()) for key, where in pruned_weights(layer, kept)}
+        total = sum(p.numel() for p in layer.module.parameters(recurse=False))
+        used, weights = positions.get(layer.name, 0), layer.module.weight.numel()
+        channels = layer.kept(kept).out
+        rows.append(
+            {
+                'name': layer.name,
+                'shape': list(layer.module.weight.shape),
+                'block': 'channel',
+                'groups': getattr(layer.module, 'groups', 1),
+                'blocks_total': len(layer.out),
+                'blocks_kept': len(layer.out) if channels is None else len(channels),
+                'params_total': total,
+                'params_kept': total - sum(gone.values()),
+                'macs_total': weights * used,
+                'macs_kept': (weights - gone['weight']) * used,
+            }
+        )
+    return rows
 
 
 def save_report(report: dict[str, Any], path: str | Path) -> None:
@@ -85,7 +132,7 @@ def draw_report(report: dict[str, Any], masks: BlockMasks, path: str | Path) -> 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = report['layers']
+    rows = _weighty(report)
     height = max(5.0, 0.24 * len(rows) + 1.5)
     # The maps fill the height that the bars take, in lines of about two inches.
     largest = sorted(rows, key=lambda row: -row['params_total'])[: _MAP_COLUMNS * int(height / 2.1)]
@@ -96,45 +143,47 @@ def draw_report(report: dict[str, Any], masks: BlockMasks, path: str | Path) -> 
     _draw_densities(bars.subplots(), report)
     _draw_block_maps(maps, chosen, masks)
     figure.suptitle(
-        f'{report["achieved_sparsity"]:.1%} of the prunable weights removed: '
+        f'{report["achieved_sparsity"]:.1%} of the prunable {masks.plan.unit} removed: '
         f'{report["kept"]:,.0f} kept of a budget of {report["budget"]:,.0f}'
     )
     with complete_or_absent(path) as temporary:
         figure.savefig(temporary, dpi=110)
 
 
+def _weighty(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of convolutions and linear layers, without the norms."""
+    return [row for row in report['layers'] if len(row['shape']) > 1]
+
+
 def _draw_densities(axes: Any, report: dict[str, Any]) -> None:
-    rows = report['layers']
-    density = [row['params_kept'] / row['params_total'] for row in rows]
+    rows = _weighty(report)
+    what = report['resource']
+    density = [row[f'{what}_kept'] / max(row[f'{what}_total'], 1) for row in rows]
     axes.barh(range(len(rows)), [1.0] * len(rows), color='0.92')
     axes.barh(range(len(rows)), density, color='tab:blue')
     for i, (row, share) in enumerate(zip(rows, density)):
-        label = f'{share:.0%} of {row["params_total"]:,}'
+        label = f'{share:.0%} of {row[f"{what}_total"]:,}'
         axes.text(0.99, i, label, va='center', ha='right', fontsize=8)
     axes.axvline(1 - report['target_sparsity'], color='tab:red', linewidth=1)
     axes.set_yticks(range(len(rows)), [row['name'] for row in rows], fontsize=8)
     axes.set(
         xlim=(0, 1),
         ylim=(len(rows) - 0.5, -0.5),
-        xlabel='share of weights kept (red: network target)',
+        xlabel=f'share of {_UNITS[what]} kept (red: network target)',
         title='Kept density, first layer on top',
     )
 
 
 def _draw_block_maps(figure: Any, chosen: list[dict[str, Any]], masks: BlockMasks) -> None:
-    kept = dict(
-        zip(
-            (layer.name for layer in masks.layers),
-            masks.hard_mask().cpu().split(masks.layer_sizes),
-        )
-    )
-    layers = {layer.name: layer for layer in masks.layers}
+    images, unit = _images(masks), 'block of '
+    if isinstance(masks.plan, ChannelPlan):
+        unit = ''
     columns = min(_MAP_COLUMNS, len(chosen))
     grid = figure.subplots(-(-len(chosen) // columns), columns, squeeze=False)
     for axes in grid.flat[len(chosen) :]:
         axes.axis('off')
     for axes, row in zip(grid.flat, chosen):
-        image = layers[row['name']].map_of(kept[row['name']])
+        image = images[row['name']]
         axes.imshow(
             image.numpy(), cmap='Blues', vmin=0, vmax=1, aspect='auto', interpolation='nearest'
         )
@@ -142,9 +191,25 @@ def _draw_block_maps(figure: Any, chosen: list[dict[str, Any]], masks: BlockMask
         axes.tick_params(labelsize=6)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.yaxis.get_major_locator().set_params(integer=True)
-    figure.supxlabel('block of input channels', fontsize=9)
-    figure.supylabel('block of output channels', fontsize=9)
-    figure.suptitle('Kept blocks of the largest layers (dark: all kernel positions)', fontsize=10)
+    figure.supxlabel(f'{unit}input channels', fontsize=9)
+    figure.supylabel(f'{unit}output channels', fontsize=9)
+    title = 'Kept blocks of the largest layers (dark: all kernel positions)'
+    figure.suptitle(title if unit else 'Kept channels of the largest layers', fontsize=10)
+
+
+def _images(masks: BlockMasks) -> dict[str, Tensor]:
+    """Share kept at every place of every layer's map, by name."""
+    plan, kept = masks.plan, masks.hard_mask().cpu()
+    if isinstance(plan, BlockPlan):
+        parts = kept.split(plan.layer_sizes)
+        return {layer.name: layer.map_of(part) for layer, part in zip(plan.layers, parts)}
+    images = {}
+    for layer in plan.channels:
+        (_, gone), *_ = pruned_weights(layer, kept)
+        stays = (~gone).float().cpu()
+        if stays.ndim > 1:
+            images[layer.name] = stays.reshape(*stays.shape[:2], -1).amax(-1)
+    return images
 
 
 def _wrapped(name: str, width: int = 30) -> str:
@@ -173,15 +238,17 @@ def summary_tables(report: dict[str, Any]) -> list[Any]:
             both.add_row(key, f'{dense:,}', f'{pruned:,}', change)
         elif isinstance(dense, (int, float)) and isinstance(pruned, (int, float)):
             both.add_row(key, f'{dense:.2f}', f'{pruned:.2f}', f'{pruned - dense:+.2f}')
+    counted = _UNITS[report['resource']]
     layers = Table(
         title=f'sparsity asked {report["target_sparsity"]:.1%}, got '
-        f'{report["achieved_sparsity"]:.2%} ({report["kept"]:,.0f} weights kept, budget '
+        f'{report["achieved_sparsity"]:.2%} ({report["kept"]:,.0f} {counted} kept, budget '
         f'{report["budget"]:,.0f}, next block {report["next_block_cost"]:,.0f})'
     )
     layers.add_column('layer', overflow='fold')
-    for title in ('weight', 'blocks kept', 'density'):
+    what = 'channels kept' if 'groups' in report else 'blocks kept'
+    for title in ('weight', what, 'density'):
         layers.add_column(title, justify='right', no_wrap=True)
-    for row in report['layers']:
+    for row in _weighty(report):
         layers.add_row(
             row['name'],
             'x'.join(map(str, row['shape'])),

@@ -14,7 +14,7 @@ from torch import nn
 import mmsmart
 
 REPO = Path(__file__).parents[1]
-PAGES = sorted([REPO / 'README.md', *REPO.glob('docs/*.md')])
+PAGES = sorted([REPO / 'README.md', *REPO.glob('docs/**/*.md')])
 
 
 def blocks(page: Path) -> list[str]:

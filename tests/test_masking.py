@@ -122,9 +122,9 @@ class Explicit:
         return list(self.latent.values())
 
     def __call__(self, x, temperature):
-        f = soft_topk(self.importance, self.masks.budget, temperature, self.masks.cost)
+        f = soft_topk(self.importance, self.masks.budget, temperature, self.masks.plan.cost)
         weights = dict(self.latent)
-        for layer, part in zip(self.masks.layers, f.split(self.masks.layer_sizes)):
+        for layer, part in zip(self.masks.layers, f.split(self.masks.plan.layer_sizes)):
             weights[f'{layer.name}.weight'] = weights[f'{layer.name}.weight'] * layer.expand(part)
         return functional_call(self.model, weights, x)
 
@@ -153,7 +153,7 @@ def assert_no_negative_zero(tensor):
 
 
 def pruned_entries(masks):
-    parts = masks.hard_mask().split(masks.layer_sizes)
+    parts = masks.hard_mask().split(masks.plan.layer_sizes)
     return {layer.name: layer.expand(part) == 0 for layer, part in zip(masks.layers, parts)}
 
 
@@ -242,10 +242,10 @@ def test_remove_masks_leaves_the_weights_the_network_computes_with():
 def test_parameters_hold_masked_weights_during_the_search():
     model, stock = net(), net()
     masks = searching(model, temperature=0.7)
-    f = soft_topk(first_importance(masks), masks.budget, 0.7, masks.cost)
+    f = soft_topk(first_importance(masks), masks.budget, 0.7, masks.plan.cost)
     assert torch.equal(masks.mask(), f)
     masked = {layer.name for layer in masks.layers}
-    for layer, part in zip(masks.layers, f.split(masks.layer_sizes)):
+    for layer, part in zip(masks.layers, f.split(masks.plan.layer_sizes)):
         weight = stock.get_submodule(layer.name).weight
         assert torch.equal(layer.weight, weight * layer.expand(part))
     for name, parameter in model.named_parameters():
@@ -257,7 +257,7 @@ def test_parameters_hold_masked_weights_during_the_search():
 @pytest.mark.parametrize('sparsity', [0.05, 0.6, 0.97])
 def test_the_soft_mask_meets_the_budget(sparsity, temperature):
     masks = searching(net(), sparsity, temperature=temperature)
-    spent = float((masks.cost * masks.mask()).sum())
+    spent = float((masks.plan.cost * masks.mask()).sum())
     assert spent == pytest.approx(masks.budget, rel=1e-6)
     assert masks.soft_sparsity() == pytest.approx(sparsity, abs=1e-6)
 
@@ -269,7 +269,7 @@ def test_the_soft_mask_meets_the_budget_after_every_step():
     for batch, temperature in zip(batches(15), temperatures):
         train(model, masks, optimisers(model, masks), [batch], [temperature])
         assert masks.temperature == temperature
-        assert float((masks.cost * masks.mask()).sum()) == pytest.approx(masks.budget, rel=1e-6)
+        assert float((masks.plan.cost * masks.mask()).sum()) == pytest.approx(masks.budget, rel=1e-6)
 
 
 def one_gradient(reentrant=None, passes=1, sparsity=0.6):
@@ -431,7 +431,7 @@ def test_a_layer_without_gradient_feels_only_the_common_budget():
         for optimizer in optimizers:
             optimizer.step()
     assert torch.equal(latents(masks)['unused'], before)
-    assert float((masks.cost * masks.mask()).sum()) == pytest.approx(masks.budget, rel=1e-6)
+    assert float((masks.plan.cost * masks.mask()).sum()) == pytest.approx(masks.budget, rel=1e-6)
 
 
 def test_an_error_inside_a_step_leaves_masked_weights_behind():
@@ -458,7 +458,7 @@ def test_models_of_lower_precision_are_searched_and_hardened(dtype):
     masks = searching(model)
     train(model, masks, optimisers(model, masks), batches(4, dtype), fall(1.0, 0.1, 4)[1:])
     assert masks.importance.dtype == torch.float32
-    assert float((masks.cost * masks.mask()).sum()) == pytest.approx(masks.budget, rel=1e-6)
+    assert float((masks.plan.cost * masks.mask()).sum()) == pytest.approx(masks.budget, rel=1e-6)
     masks.harden()
     train(model, masks, optimisers(model, masks), batches(2, dtype), [None, None])
     assert {p.dtype for p in model.parameters()} == {dtype}
@@ -478,7 +478,7 @@ def test_channels_last_weights_stay_channels_last():
 def test_sparsity_zero_keeps_every_block_and_changes_nothing():
     model, stock = net(), net()
     masks = searching(model, 0.0)
-    assert masks.budget == float(masks.cost.sum())
+    assert masks.budget == float(masks.plan.cost.sum())
     ((x, y),) = batches(1)
     assert torch.equal(model(x), stock(x))
     cross_entropy(model(x), y).backward()
@@ -508,12 +508,12 @@ def hardened(weights='sgd', sparsity=0.6, block=BLOCK, steps=6):
 def test_hardening_keeps_the_most_important_blocks_that_fit():
     _, masks, _ = hardened(block=(3, 3, -1, 2))
     kept = masks.hard_mask().bool()
-    spent = float(masks.cost[kept].sum())
+    spent = float(masks.plan.cost[kept].sum())
     assert spent == masks.kept_cost() <= masks.budget
-    assert bool((spent + masks.cost[~kept] > masks.budget).all())
+    assert bool((spent + masks.plan.cost[~kept] > masks.budget).all())
     assert spent + masks.next_block_cost() > masks.budget
     strongest = masks.importance.detach().masked_fill(kept, -torch.inf).argmax()
-    assert masks.next_block_cost() == float(masks.cost[strongest])
+    assert masks.next_block_cost() == float(masks.plan.cost[strongest])
 
 
 def test_hardening_gives_kept_blocks_their_latent_weights():
@@ -937,7 +937,7 @@ def test_any_network_is_pruned_to_its_budget(chain, sparsity, temperature, seed)
     masks.begin(torch.randn(masks.num_blocks), temperature)
     optimizers = optimisers(model, masks)
     for _ in range(3):
-        spent = float((masks.cost * masks.mask()).sum())
+        spent = float((masks.plan.cost * masks.mask()).sum())
         assert spent == pytest.approx(masks.budget, rel=1e-6)
         model(torch.randn(shape).double()).square().mean().backward()
         with masks.latent_weights(masks.temperature / 2):

@@ -11,8 +11,26 @@ from mmengine.config import Config
 
 from mmsmart.shipped import configs_folder
 
-_SCOPES = ('mmpretrain', 'mmdet', 'mmseg')
+_SCOPES = ('mmpretrain', 'mmdet', 'mmseg', 'mmyolo')
 _mmengine_cfg_path = Config._get_cfg_path
+
+
+class MissingToolbox(ModuleNotFoundError):
+    """A config needs a toolbox that is not installed; the message says how to install it."""
+
+    def __init__(self, file: str, scope: str) -> None:
+        super().__init__(
+            f'{file} needs {scope}, which is not installed. '
+            + (
+                'Its last release, 0.6.0, wants mmcv older than 2.1 and refuses any newer one, so '
+                'give it an environment of its own: `pip install openmim`, then `mim install '
+                '"mmcv>=2.0.0rc4,<2.1.0" "mmdet>=3.0.0,<4.0.0" mmyolo` and `pip install mmsmart`.'
+                if scope == 'mmyolo'
+                else 'Install it as its own guide says, or `pip install mmsmart[onedl]` in an '
+                'environment that has no OpenMMLab package yet.'
+            ),
+            name=scope,
+        )
 
 
 def enable_inheritance() -> None:
@@ -20,7 +38,7 @@ def enable_inheritance() -> None:
 
     MMEngine finds the folder of `package::` by the name of a distribution, from a table of its own.
     It has no entry for mmsmart, and that of mmseg names a distribution which the maintained fork
-    does not have.
+    does not have. A base of a toolbox that is not installed raises :class:`MissingToolbox`.
     """
     Config._get_cfg_path = staticmethod(_cfg_path)
 
@@ -33,10 +51,12 @@ def _cfg_path(cfg_path: str, filename: str) -> tuple[str, str | None]:
         return str(configs_folder() / name), None
     try:
         return _mmengine_cfg_path(cfg_path, filename)
-    except Exception:  # which one depends on the family and on how the package was installed
-        spec = importlib.util.find_spec(scope) if inherits and scope in _SCOPES else None
-        if spec is None:
+    except Exception as error:  # which one depends on the family and on how it was installed
+        if not inherits or scope not in _SCOPES:
             raise
+        spec = importlib.util.find_spec(scope)
+        if spec is None:
+            raise MissingToolbox(filename, scope) from error
         return str(Path(spec.origin).parent / '.mim' / 'configs' / name), scope
 
 
@@ -50,19 +70,19 @@ def run_stock_tool(name: str) -> None:
     """
     enable_inheritance()
     configs = [arg for arg in sys.argv[1:] if arg.endswith('.py') and Path(arg).is_file()]
-    scope = Config.fromfile(configs[0]).get('default_scope') if configs else _SCOPES[0]
+    try:
+        scope = Config.fromfile(configs[0]).get('default_scope') if configs else _SCOPES[0]
+    except MissingToolbox as error:
+        raise SystemExit(str(error)) from error
     if scope not in _SCOPES:
         raise SystemExit(
-            f'{configs[0]}: default_scope is {scope!r}, so tools/{name} does not know whose models '
-            f'it holds. Allowed are {", ".join(_SCOPES)}.'
+            f'{configs[0]}: default_scope is {"missing" if scope is None else repr(scope)}, so '
+            f'tools/{name} does not know whose models it holds. Write default_scope = one of '
+            f'{", ".join(_SCOPES)}.'
         )
     spec = importlib.util.find_spec(scope)
     if spec is None:
-        raise SystemExit(
-            f'tools/{name} needs {scope}, which is not installed. Install it as its own guide '
-            'says, or `pip install mmsmart[onedl]` in an environment that has no OpenMMLab package '
-            'yet.'
-        )
+        raise SystemExit(str(MissingToolbox(f'tools/{name}', scope)))
     tool = Path(spec.origin).parent / '.mim' / 'tools' / name
     if not tool.is_file():
         raise SystemExit(f'{tool} is missing: {scope} was installed without its tools.')

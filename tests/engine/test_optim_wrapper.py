@@ -51,7 +51,7 @@ def latent_of(masks):
 
 
 def elementwise_masks(masks):
-    parts = masks.mask().split(masks.layer_sizes)
+    parts = masks.mask().split(masks.plan.layer_sizes)
     return [layer.expand(f).clone() for layer, f in zip(masks.layers, parts)]
 
 
@@ -105,7 +105,7 @@ def test_masks_of_the_next_iteration_have_the_next_temperature():
     wrapper.temperature = 0.25
     step(model, wrapper, batch())
     assert masks.temperature == 0.25
-    kept = float((masks.cost * masks.mask()).sum())
+    kept = float((masks.plan.cost * masks.mask()).sum())
     assert kept == pytest.approx(masks.budget, rel=1e-5)
 
 
