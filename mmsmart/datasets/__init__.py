@@ -2,5 +2,6 @@
 
 from mmsmart.datasets.cifar10 import PackedCIFAR10
 from mmsmart.datasets.digits import Digits
+from mmsmart.datasets.scenes import DigitScenes, SegmentedDigitScenes
 
-__all__ = ['Digits', 'PackedCIFAR10']
+__all__ = ['DigitScenes', 'Digits', 'PackedCIFAR10', 'SegmentedDigitScenes']

@@ -1,9 +1,10 @@
-"""What is measured by running the model: positions of its layers, norms of their inputs."""
+"""What is learnt by running the model: positions and ties of its layers, norms of their inputs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from mmengine import dist
@@ -14,8 +15,12 @@ from torch.utils.data import DataLoader
 
 from mmsmart.budget import count_positions
 from mmsmart.engine.random_state import preserved_random_state
+from mmsmart.engine.raw_forward import RawForward
 from mmsmart.importance import activation, input_norms, magnitude
 from mmsmart.masking import BlockMasks
+
+# Pixels at which a network is followed where that is enough: large graphs take seconds and GiBs.
+_SMALL = 128
 
 
 @contextmanager
@@ -38,6 +43,66 @@ def layer_positions(runner: Runner, model: nn.Module) -> dict[str, int]:
         return count_positions(model, lambda: model.val_step(batch))
 
 
+def traced(
+    model: nn.Module,
+    block: Sequence[int] | str,
+    resource: str,
+    shape: Sequence[int],
+    positions: dict[str, int] | None = None,
+) -> dict[str, Any]:
+    """What :func:`mmsmart.install_masks` needs to know of a forward pass: `positions`, `forward`.
+
+    Args:
+        model: The model.
+        block: `smart.block`; coupled channels need a forward pass to follow.
+        resource: `smart.resource`; MACs need positions.
+        shape: `(height, width)` of an image.
+        positions: Positions, if they are known; they are counted on one image otherwise.
+    """
+    height, width = shape
+    device = next(model.parameters()).device
+
+    def image(height: int, width: int) -> Tensor:
+        return torch.zeros(1, 3, height, width, device=device).normal_(
+            generator=torch.Generator(device).manual_seed(0)
+        )
+
+    found: dict[str, Any] = {}
+    if resource == 'macs':
+        if positions is None:
+            with evaluating(model):
+                positions = count_positions(model, lambda: RawForward(model)(image(height, width)))
+        found['positions'] = positions
+    if block == 'channel':
+        # The ties are the same for any size, but some models take one size only.
+        sizes = [image(_SMALL, _SMALL)] if min(height, width) > _SMALL else []
+        sizes = [*sizes, image(height, width)]
+        with evaluating(model):
+            example = next(x for x in sizes if x is sizes[-1] or _takes(model, x))
+        found['forward'] = lambda net: RawForward(net, auxiliary=True)(example)
+    return found
+
+
+def _takes(model: nn.Module, images: Tensor) -> bool:
+    try:
+        RawForward(model, auxiliary=True)(images)
+    except Exception:  # whatever a model says to a size that is not its own
+        return False
+    return True
+
+
+def traced_in(runner: Runner, model: nn.Module, block: Any, resource: str) -> dict[str, Any]:
+    """:func:`traced` for the first validation (or training) image of a run."""
+    if block != 'channel' and resource != 'macs':
+        return {}
+    loader = runner.train_dataloader if runner.val_loop is None else runner.val_dataloader
+    with evaluating(model):
+        batch = loader.collate_fn([loader.dataset[0]])
+        images = model.data_preprocessor(batch)['inputs']
+    positions = layer_positions(runner, model) if resource == 'macs' else None
+    return traced(model, block, resource, images.shape[-2:], positions)
+
+
 def first_importance(
     runner: Runner, model: nn.Module, masks: BlockMasks, init: str, batches: int
 ) -> Tensor:
@@ -47,7 +112,7 @@ def first_importance(
     change. Every process of a distributed run gets the same result.
     """
     if init == 'magnitude':
-        return magnitude(masks.layers)
+        return masks.plan.first(magnitude(masks.layers))
     loader = runner.train_dataloader
     # A loader with a batch sampler, such as detectors have, knows no batch size of its own.
     batch_size = loader.batch_size or getattr(loader.batch_sampler, 'batch_size', 1)
@@ -65,4 +130,4 @@ def first_importance(
         squares = norm.square()
         dist.all_reduce(squares, op='mean')
         norms[name] = squares.sqrt()
-    return activation(masks.layers, norms)
+    return masks.plan.first(activation(masks.layers, norms))

@@ -13,7 +13,7 @@ from typing import Any
 from mmsmart.functional import TemperatureSchedule
 
 METHODS = ('smart', 'magnitude')
-RESOURCES = ('params',)
+RESOURCES = ('params', 'macs')
 INITIALISATIONS = ('activation', 'magnitude')
 
 
@@ -143,7 +143,8 @@ class Smart:
     """The whole `smart` dict of a config."""
 
     sparsity: float = 0.5
-    block: Sequence[int] = (16, 8, 1, 1)
+    block: Sequence[int] | str = (16, 8, 1, 1)
+    round_to: int = 1
     resource: str = 'params'
     method: str = 'smart'
     stages: dict[str, float] = field(default_factory=dict)
@@ -156,10 +157,25 @@ class Smart:
             raise ValueError(f'smart.resource: got {self.resource!r}, allowed are {RESOURCES}.')
         if self.method not in METHODS:
             raise ValueError(f'smart.method: got {self.method!r}, allowed are {METHODS}.')
+        if isinstance(self.block, str) and self.block != 'channel':
+            raise ValueError(
+                f"smart.block: got {self.block!r}, allowed are (out, in, kh, kw) and 'channel'."
+            )
+        if self.round_to != 1 and self.block != 'channel':
+            raise ValueError(
+                f'smart.round_to: {self.round_to!r} rounds counts of channels, and needs '
+                "smart.block='channel'."
+            )
 
     def model_args(self) -> dict[str, Any]:
         """Arguments of `mmsmart.SmartModel`."""
-        return dict(sparsity=self.sparsity, block=self.block, layers=self.layers)
+        return dict(
+            sparsity=self.sparsity,
+            block=self.block,
+            layers=self.layers,
+            resource=self.resource,
+            round_to=self.round_to,
+        )
 
     def optimizer_args(self) -> dict[str, Any]:
         """Arguments of `mmsmart.SmartOptimWrapper`."""

@@ -1,27 +1,65 @@
-"""Builder of a model with block masks installed."""
+"""Builders of models: with block masks installed, or with channels cut out."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from mmengine.model import BaseModule
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from torch import nn
 
+from mmsmart.engine.calibration import traced
 from mmsmart.masking import install_masks
 from mmsmart.registry import MODELS
+from mmsmart.shrink import read_structure, shrink
 
 
 # A function and not a wrapping module: hooks and tools that reach into the model find it unchanged.
 @MODELS.register_module(['SmartModel', 'SmartClassifier', 'SmartDetector', 'SmartSegmentor'])
-def SmartModel(model: dict[str, Any] | nn.Module, **pruning: Any) -> nn.Module:
+def SmartModel(
+    model: dict[str, Any] | nn.Module,
+    block: Sequence[int] | str = (16, 8, 1, 1),
+    resource: str = 'params',
+    shape: Sequence[int] = (224, 224),
+    **pruning: Any,
+) -> nn.Module:
     """Build the upstream model and install block masks on it; what comes back *is* that model.
 
     Args:
         model: Config of the upstream model, or the model.
-        pruning: `sparsity`, `block` and `layers` of :func:`mmsmart.install_masks`.
+        block: See :func:`mmsmart.install_masks`.
+        resource: What the budget counts: 'params', or 'macs' of an image of this shape.
+        shape: `(height, width)` of the image that is followed through the model, where MACs are
+            counted or channels coupled.
+        pruning: `sparsity`, `layers` and `round_to` of :func:`mmsmart.install_masks`.
     """
     if not isinstance(model, nn.Module):
         model = MMENGINE_MODELS.build(model)
     # Some backbones freeze their first stages in `train()` and not before.
-    install_masks(model.train(), **pruning)
+    install_masks(model.train(), block=block, **traced(model, block, resource, shape), **pruning)
     return model
+
+
+@MODELS.register_module()
+def ShrunkModel(model: dict[str, Any], structure: str) -> nn.Module:
+    """Build the upstream model with the channels cut out that a `structure.json` says.
+
+    Its weights come from the checkpoint that was saved with the structure, and from there alone: an
+    `init_cfg` that names a dense checkpoint is not followed.
+
+    Args:
+        model: Config of the upstream model.
+        structure: Path of `structure.json`.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it can't be read, or is that of another model.
+    """
+    read = read_structure(structure)
+    built = MMENGINE_MODELS.build(model)
+    shrink(built, read, structure)
+    for module in built.modules():
+        if isinstance(module, BaseModule):
+            module._is_init = True
+    return built

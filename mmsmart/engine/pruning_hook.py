@@ -16,10 +16,12 @@ from torch import nn
 
 from mmsmart.engine.calibration import first_importance, layer_positions
 from mmsmart.engine.config import METHODS, ImportanceStart, Stages, Temperature, build
+from mmsmart.engine.diagnosis import check_checkpoint
 from mmsmart.engine.optim_wrapper import MaskedStep
 from mmsmart.engine.random_state import ResumableRandomness
-from mmsmart.export import save_plain_checkpoint
+from mmsmart.export import save_plain_checkpoint, save_shrunk
 from mmsmart.masking import BlockMasks, masks_of
+from mmsmart.plans import ChannelPlan
 from mmsmart.registry import HOOKS
 from mmsmart.report import draw_report, pruning_report, save_report
 
@@ -93,7 +95,18 @@ class SmartPruningHook(Hook):
         """Refuse a checkpoint of another architecture, which MMEngine would load in part."""
         if self.masks is None:
             return
-        _check_architecture(self.masks, checkpoint, allow_missing=self.stages.pretrain > 0)
+        untrained = check_checkpoint(
+            _plain_model(runner),
+            self.masks,
+            checkpoint,
+            new_layers=self.stages.pretrain > 0 and not runner._resume,
+        )
+        if untrained:
+            runner.logger.warning(
+                f'mmsmart: load_from: {", ".join(untrained[:4])}'
+                f'{", ..." if len(untrained) > 4 else ""} of the model start untrained; '
+                'smart.stages.pretrain trains them before the search.'
+            )
         if runner._resume:
             self._randomness.load_from(checkpoint, runner)
 
@@ -115,7 +128,8 @@ class SmartPruningHook(Hook):
                 'mmsmart: the search begins from weights that no checkpoint was loaded into. Set '
                 '`load_from`, or give smart.stages.pretrain a share.'
             )
-        self._positions = layer_positions(runner, _plain_model(runner))
+        counted = self.masks.plan.positions
+        self._positions = counted or layer_positions(runner, _plain_model(runner))
 
     def before_train_epoch(self, runner: Runner) -> None:
         self._randomness.before_epoch(runner)
@@ -184,8 +198,8 @@ class SmartPruningHook(Hook):
         runner.logger.info(
             f'mmsmart: search over iterations {self._begin} to {self._end}: {masks.num_blocks} '
             f'blocks in {len(masks.layers)} layers, {masks.budget:.0f} of '
-            f'{float(masks.cost.sum()):.0f} weights may stay (sparsity {masks.sparsity:g}); '
-            f'{len(masks.excluded)} weights left dense.'
+            f'{masks.total_cost:.0f} {masks.plan.unit} may stay (sparsity {masks.sparsity:g}); '
+            f'{len(masks.excluded)} layers left dense.'
         )
         if self.method == 'magnitude':
             self._harden(runner)
@@ -202,7 +216,7 @@ class SmartPruningHook(Hook):
             info.pop(key)
         runner.logger.info(
             f'mmsmart: masks are hard from iteration {runner.iter + 1} on: '
-            f'{masks.kept_cost():.0f} weights kept of a budget of {masks.budget:.0f}, '
+            f'{masks.kept_cost():.0f} {masks.plan.unit} kept of a budget of {masks.budget:.0f}, '
             f'{masks.moved():.1%} of the blocks changed sides during the search.'
         )
 
@@ -246,9 +260,15 @@ class SmartPruningHook(Hook):
         )
         meta = {'dataset_meta': getattr(runner.train_dataloader.dataset, 'metainfo', None)}
         save_plain_checkpoint(model, folder / 'pruned.pth', meta)
+        is_channels = isinstance(self.masks.plan, ChannelPlan)
+        if is_channels:
+            save_shrunk(model, self.masks, folder, meta)
         save_report(report, folder / 'pruning.json')
         draw_report(report, self.masks, folder / 'pruning.png')
-        runner.logger.info(f'mmsmart: pruned.pth, pruning.json and pruning.png are in {folder}.')
+        shrunk = 'shrunk.pth with its structure.json, ' if is_channels else ''
+        runner.logger.info(
+            f'mmsmart: {shrunk}pruned.pth, pruning.json and pruning.png are in {folder}.'
+        )
 
 
 def _plain_model(runner: Runner) -> nn.Module:
@@ -256,9 +276,12 @@ def _plain_model(runner: Runner) -> nn.Module:
 
 
 def _evaluated_model(runner: Runner) -> nn.Module:
-    """The weights that validation scores: the moving average where there is one."""
+    """The weights that validation scores: the moving average where there is one.
+
+    That of mmpretrain can be told to leave them out of it.
+    """
     for hook in runner.hooks:
-        if isinstance(hook, EMAHook):
+        if isinstance(hook, EMAHook) and getattr(hook, 'evaluate_on_ema', True):
             return hook.ema_model.module
     return _plain_model(runner)
 
@@ -276,19 +299,3 @@ def _only_measuring(runner: Runner) -> Iterator[None]:
         yield
     finally:
         runner._hooks = hooks
-
-
-def _check_architecture(masks: BlockMasks, checkpoint: dict[str, Any], allow_missing: bool) -> None:
-    state = checkpoint.get('state_dict', checkpoint)
-    shapes = {key.removeprefix('module.'): tuple(value.shape) for key, value in state.items()}
-    for layer in masks.layers:
-        key = f'{layer.name}.weight'
-        here, there = tuple(layer.weight.shape), shapes.get(key)
-        if there == here or (there is None and allow_missing):
-            continue
-        raise ValueError(
-            f'load_from: the checkpoint does not fit the model. {key} is {here} in the model and '
-            f'{"missing" if there is None else there} in the checkpoint. Load a checkpoint of '
-            'the same architecture and classes, or train the new layers first '
-            '(smart.stages.pretrain).'
-        )

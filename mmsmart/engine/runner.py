@@ -8,10 +8,13 @@ from typing import Any
 from mmengine.config import Config, ConfigDict
 from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper
-from mmengine.runner import Runner
+from mmengine.runner import BaseLoop, Runner
+from torch import nn
 
 from mmsmart.budget import check_sparsity
+from mmsmart.engine.calibration import traced_in
 from mmsmart.engine.config import Smart, build
+from mmsmart.engine.diagnosis import data_named, emptiness_named, scope_named
 from mmsmart.engine.optim_wrapper import MaskedStep
 from mmsmart.engine.pruning_hook import SmartPruningHook
 from mmsmart.masking import install_masks, masks_of
@@ -36,13 +39,28 @@ class SmartRunner(Runner):
         """Build the runner; a wrong `smart` is refused before anything is written.
 
         Raises:
-            ValueError: If `smart` is missing, or one of its values can't be used.
+            ValueError: If `smart` is missing, or one of its values can't be used, or if the types
+                in the config are not those of `default_scope`.
         """
         smart = _smart_of(cfg)
         check_sparsity(smart.sparsity)
         SmartPruningHook(**smart.hook_args())
         smart.optimizer_args()
-        return super().from_cfg(cfg)
+        with scope_named(cfg):
+            return super().from_cfg(cfg)
+
+    def train(self) -> nn.Module:
+        """Train; an error over missing data or a type of another scope names the config's key."""
+        with scope_named(self.cfg), data_named(self.cfg):
+            return super().train()
+
+    def build_train_loop(self, loop: Any) -> BaseLoop:
+        with emptiness_named(self.cfg, 'train_dataloader'):
+            return super().build_train_loop(loop)
+
+    def build_val_loop(self, loop: Any) -> BaseLoop:
+        with emptiness_named(self.cfg, 'val_dataloader'):
+            return super().build_val_loop(loop)
 
     def register_hooks(self, default_hooks: Any = None, custom_hooks: Any = None) -> None:
         super().register_hooks(default_hooks, custom_hooks)
@@ -53,7 +71,10 @@ class SmartRunner(Runner):
         model = self.model.module if is_model_wrapper(self.model) else self.model
         if masks_of(model) is None:
             # Some backbones freeze their first stages in `train()` and not before.
-            install_masks(model.train(), **_smart_of(self.cfg).model_args())
+            arguments = _smart_of(self.cfg).model_args()
+            resource = arguments.pop('resource')
+            learnt = traced_in(self, model.train(), arguments['block'], resource)
+            install_masks(model.train(), **arguments, **learnt)
         if isinstance(optim_wrapper, dict):
             optim_wrapper = self._masked(optim_wrapper)
         return super().build_optim_wrapper(optim_wrapper)
