@@ -6,7 +6,7 @@ START = $(or $(PYTHON),$(if $(VIRTUAL_ENV),$(VIRTUAL_ENV)/bin/python),$(if $(CON
 WITH = @"$(START)" requirements/install.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format clean
+.PHONY: help demo demo-det demo-inst demo-seg test test-slow lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -15,7 +15,16 @@ demo: ## prune a small classifier from start to end (a few minutes, CPU; set-up 
 	$(WITH) demo tools/demo.py $(ARGS)
 
 # mmcv's ops are compiled for the CPU; with a GPU in sight MMEngine would move detectors onto it.
-test test-slow: export CUDA_VISIBLE_DEVICES ?=
+demo-det demo-inst test test-slow: export CUDA_VISIBLE_DEVICES ?=
+
+demo-det: ## the same for a detector, YOLOX (set-up compiles mmcv's ops, about 15 minutes once)
+	$(WITH) demo-det tools/demo.py det $(ARGS)
+
+demo-inst: ## the same for instance segmentation, Mask R-CNN (set-up as for demo-det)
+	$(WITH) demo-det tools/demo.py inst $(ARGS)
+
+demo-seg: ## the same for semantic segmentation, DeepLabV3+ (set-up as for demo)
+	$(WITH) demo-seg tools/demo.py seg $(ARGS)
 
 test: ## run the tests and the examples in docstrings; ARGS='-k name' for some of them
 	$(WITH) test -m pytest $(ARGS)

@@ -110,6 +110,7 @@ setup(
         'export': [
             'torch-pruning>=1.6',  # finds the channels that have to be cut together
             'onnx>=1.14',
+            'safetensors>=0.4',  # the packed-blocks file
         ],
         'tests': ['pytest>=7.4', 'hypothesis>=6.80', 'ruff>=0.17'],
     },

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmsmart.blocks import PRUNABLE, TRANSPOSED, BlockLayer
+from mmsmart.blocks import TRANSPOSED, BlockLayer, is_layer
 from mmsmart.channels import ChannelGroup, ChannelLayer
 from mmsmart.functional import CoupledCost
 from mmsmart.shrink import is_grouped
@@ -135,7 +135,7 @@ def count_positions(model: nn.Module, forward: Callable[[], Any]) -> dict[str, i
         >>> count_positions(net, lambda: net(torch.zeros(1, 3, 8, 8)))
         {'': 36}
     """
-    names = {m: n for n, m in model.named_modules() if isinstance(m, PRUNABLE)}
+    names = {m: n for n, m in model.named_modules() if is_layer(m)}
     positions = dict.fromkeys(names.values(), 0)
 
     def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmsmart.blocks import PRUNABLE, Excluded, checked_rule, matches
+from mmsmart.blocks import Excluded, checked_rule, is_layer, matches
 from mmsmart.dependency import ChannelTies, Forward, Side, TiedGroup, trace_ties
 from mmsmart.shrink import NORMS, TRANSPOSED, Kept, cut_channels, in_axis, is_grouped, out_axis
 
@@ -117,7 +117,7 @@ def find_channels(
 
 
 def _excluded_by_rule(model: nn.Module, overrides: Sequence[dict[str, Any]]) -> set[str]:
-    names = [name for name, module in model.named_modules() if isinstance(module, PRUNABLE)]
+    names = [name for name, module in model.named_modules() if is_layer(module)]
     excluded: set[str] = set()
     for index, rule in enumerate(overrides):
         rule = checked_rule(index, rule)
@@ -183,7 +183,7 @@ def _that_can_be_cut(model: nn.Module, forward: Forward, ties: ChannelTies) -> l
 
 def _produces(model: nn.Module, name: str, end: str) -> bool:
     module = model.get_submodule(name)
-    return end == 'out' and isinstance(module, PRUNABLE)
+    return end == 'out' and is_layer(module)
 
 
 def _make_telling(probe: nn.Module) -> None:
@@ -283,7 +283,7 @@ def _left_whole(model: nn.Module, ties: ChannelTies, found: list[TiedGroup]) -> 
     cut = {side for group in found for side in group.slots}
     excluded = []
     for name, module in model.named_modules():
-        if not isinstance(module, PRUNABLE) or (name, 'out') in cut:
+        if not is_layer(module) or (name, 'out') in cut:
             continue
         if (name, 'out') in ties.size:
             excluded.append(Excluded(name, ties.reason((name, 'out'))))

@@ -165,9 +165,7 @@ def _largest_difference(outputs: Iterable[Tensor], others: Iterable[Tensor]) -> 
     return max(share(one, other) for one, other in zip(outputs, others, strict=True))
 
 
-def _expect_at_most(
-    tolerance: float, difference: float, path: str | Path, hint: str = ''
-) -> None:
+def _expect_at_most(tolerance: float, difference: float, path: str | Path, hint: str = '') -> None:
     if not difference <= tolerance:  # NaN is no agreement either
         raise ArithmeticError(
             f'{Path(path).name}: its outputs differ from the model by {difference:.1e} of their '

@@ -56,6 +56,8 @@ _DEMO += ['torch_pruning']
 PARTS = {
     'lint': ['ruff'],
     'demo': _DEMO,
+    'demo-seg': [*_DEMO, 'mmseg'],
+    'demo-det': [*_DEMO, MMCV_OPS, 'mmdet'],
     'test': [*_DEMO, MMCV_OPS, 'mmdet', 'mmseg', 'pytest', 'hypothesis'],
 }
 

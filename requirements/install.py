@@ -46,12 +46,22 @@ OLDEST_FOR_MMSMART = (3, 10)  # as in setup.py
 OLDEST, NEWEST = (3, 11), (3, 11)  # the Pythons that the pinned versions were tried with
 
 # The requirement files of each part, in the order of their installation.
+_DEMO = ['demo.txt', 'headless.txt', 'mmcv.txt']
 FILES = {
     'lint': ['lint.txt'],
-    'demo': ['demo.txt', 'headless.txt', 'mmcv.txt'],
-    'test': ['demo.txt', 'headless.txt', 'mmcv.txt', 'test.txt'],
+    'demo': _DEMO,
+    'demo-seg': [*_DEMO, 'seg.txt'],
+    'demo-det': [*_DEMO, 'det.txt'],
+    'test': [*_DEMO, 'seg.txt', 'det.txt', 'test.txt'],
 }
-IMPLIED = {'test': ['demo']}  # a complete environment for the key is one for the values too
+# A complete environment for the key is one for the values too.
+IMPLIED = {
+    'demo-seg': ['demo'],
+    'demo-det': ['demo'],
+    'test': ['demo', 'demo-seg', 'demo-det'],
+}
+ADDS = {'seg.txt': 'mmseg', 'det.txt': 'mmdet', 'test.txt': 'the test tools'}
+WITH_OPS = {'demo-det', 'test'}  # mmcv's, which mmdet needs
 
 
 def main() -> int:
@@ -153,7 +163,7 @@ def is_complete(part: str) -> bool:
 def complete(part: str) -> None:
     """Install what the part still lacks; the state says complete only after the last step."""
     begin = time.monotonic()
-    if part == 'test' and mmcv_ops.may_have_to_build(pinned('onedl-mmcv'), pinned('torch')):
+    if part in WITH_OPS and mmcv_ops.may_have_to_build(pinned('onedl-mmcv'), pinned('torch')):
         mmcv_ops.check_tools()  # now, rather than after minutes of downloading
     make_venv()
     state = read_state()
@@ -169,10 +179,10 @@ def complete(part: str) -> None:
         with step('installing torch, MMEngine and mmpretrain into .venv', '2 min, 5 GB on Linux'):
             pip_install('-r', HERE / 'demo.txt')
             pip_install('-r', HERE / 'headless.txt')
-        if part == 'test':
-            with step('installing mmdet, mmseg and the test tools', '30 s'):
-                pip_install('-r', HERE / 'test.txt')
-        install_mmcv(with_ops=part == 'test')
+        for name in FILES[part][len(_DEMO) :]:
+            with step(f'installing {ADDS[name]}', '10 s'):
+                pip_install('-r', HERE / name)
+        install_mmcv(with_ops=part in WITH_OPS)
         with step('installing mmsmart itself, editable', '3 s'):
             pip_install('--no-deps', '--no-build-isolation', '--editable', ROOT)
 

@@ -222,6 +222,31 @@ def test_a_weight_standardised_convolution_stays_dense(name):
     assert reasons(model) == {'0': why, '1': why}
 
 
+@pytest.mark.filterwarnings('ignore')  # OpenMMLab's own, at import
+@pytest.mark.parametrize(
+    ('package', 'name'),
+    [
+        ('mmcv.ops', 'DeformConv2d'),
+        ('mmcv.ops', 'DeformConv2dPack'),
+        ('mmcv.ops', 'ModulatedDeformConv2d'),
+        ('mmcv.ops', 'ModulatedDeformConv2dPack'),
+        ('torchvision.ops', 'DeformConv2d'),
+    ],
+)
+def test_a_deformable_convolution_is_cut_like_an_ordinary_one(package, name):
+    if package == 'mmcv.ops':
+        pytest.importorskip('mmcv._ext', reason='deformable convolutions are compiled ops of mmcv')
+    ops = pytest.importorskip(package)
+    model = nn.ModuleDict({'layer': getattr(ops, name)(8, 12, 3, padding=1, groups=2)})
+    layers, excluded = find_layers(model, (2, 4, 1, 1))
+    assert_all_accounted_for(model, layers, excluded)
+    plain = cut(nn.Conv2d(8, 12, 3, groups=2), (2, 4, 1, 1))
+    assert excluded == []
+    assert (layers[0].name, layers[0].num_blocks) == ('layer', plain.num_blocks)
+    spread = torch.arange(plain.num_blocks).float()
+    assert torch.equal(layers[0].expand(spread), plain.expand(spread))
+
+
 def test_a_weight_that_is_no_layers_weight_is_named_by_its_key():
     class Table(nn.Module):
         def __init__(self):

@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mmsmart import install_masks
-from mmsmart.export import complete_or_absent, plain, save_plain_checkpoint
+from mmsmart.export import (
+    complete_or_absent,
+    plain,
+    save_exported_program,
+    save_onnx,
+    save_plain_checkpoint,
+)
 
 
 def stock():
@@ -200,3 +206,93 @@ def test_what_is_no_data_is_named():
         'device': 'cpu',
         'dtype': 'torch.float32',
     }
+
+
+# Graphs for other runtimes
+
+
+class Two(nn.Module):
+    """Two outputs, as the raw forward of a detector has several."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, images):
+        maps = self.net(images)
+        return maps, maps.mean((2, 3))
+
+
+class Forgetful(nn.Module):
+    """Computes something else on every call: no graph is true to it."""
+
+    calls = 0
+
+    def forward(self, images):
+        self.calls += 1
+        return (images * self.calls,)
+
+
+@pytest.fixture(scope='module')
+def onnx_file(tmp_path_factory):
+    pytest.importorskip('onnxruntime')
+    path = tmp_path_factory.mktemp('onnx') / 'model.onnx'
+    model = Two(pruned()).eval()
+    difference = save_onnx(model, torch.randn(1, 3, 8, 8), path, ['maps', 'means'], True)
+    return model, path, difference
+
+
+def test_onnx_runtime_computes_what_the_model_computes(onnx_file):
+    import onnxruntime
+
+    model, path, difference = onnx_file
+    session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
+    images = torch.randn(5, 3, 8, 8)  # any number of images
+    maps, means = session.run(['maps', 'means'], {'images': images.numpy()})
+    with torch.no_grad():
+        expected = model(images)
+    torch.testing.assert_close(torch.from_numpy(maps), expected[0])
+    torch.testing.assert_close(torch.from_numpy(means), expected[1])
+    assert 0 <= difference <= 1e-4
+
+
+def test_zero_blocks_are_zero_in_the_onnx_file(onnx_file):
+    """Also in the convolution that the batch norm behind it is folded into."""
+    onnx = pytest.importorskip('onnx')
+    model, path, _ = onnx_file
+    graph = onnx.load(path).graph
+    stored = {item.name: onnx.numpy_helper.to_array(item) for item in graph.initializer}
+    assert 'BatchNormalization' not in {node.op_type for node in graph.node}
+    for key, weight in model.named_parameters():
+        if weight.ndim == 4:
+            assert np.array_equal(stored[key] == 0, weight.detach().numpy() == 0)
+            assert (stored[key] == 0).any()
+
+
+def test_an_exported_program_computes_what_the_model_computes(tmp_path):
+    model, images = Two(pruned()).eval(), torch.randn(1, 3, 8, 8)
+    difference = save_exported_program(model, images, tmp_path / 'model.pt2')
+    maps, _ = torch.export.load(tmp_path / 'model.pt2').module()(images)
+    torch.testing.assert_close(maps, model(images)[0])
+    assert 0 <= difference <= 1e-4
+    assert files(tmp_path) == ['model.pt2']
+
+
+def test_an_onnx_file_that_computes_something_else_is_not_kept(tmp_path):
+    pytest.importorskip('onnxruntime')
+    with pytest.raises(ArithmeticError, match=r'model.onnx: its outputs differ .* not kept'):
+        save_onnx(Forgetful(), torch.ones(1, 1, 2, 2), tmp_path / 'model.onnx', ['out'])
+    assert files(tmp_path) == []
+
+
+def test_an_exported_program_that_computes_something_else_is_not_kept(tmp_path):
+    with pytest.raises(ArithmeticError, match=r'model.pt2: its outputs differ .* not kept'):
+        save_exported_program(Forgetful(), torch.ones(1, 1, 2, 2), tmp_path / 'model.pt2')
+    assert files(tmp_path) == []
+
+
+def test_a_missing_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install 'mmsmart\[export\]'"):
+        save_onnx(Two(stock()), torch.ones(1, 3, 8, 8), tmp_path / 'model.onnx', ['a', 'b'])
+    assert files(tmp_path) == []

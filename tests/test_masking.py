@@ -269,7 +269,9 @@ def test_the_soft_mask_meets_the_budget_after_every_step():
     for batch, temperature in zip(batches(15), temperatures):
         train(model, masks, optimisers(model, masks), [batch], [temperature])
         assert masks.temperature == temperature
-        assert float((masks.plan.cost * masks.mask()).sum()) == pytest.approx(masks.budget, rel=1e-6)
+        assert float((masks.plan.cost * masks.mask()).sum()) == pytest.approx(
+            masks.budget, rel=1e-6
+        )
 
 
 def one_gradient(reentrant=None, passes=1, sparsity=0.6):

@@ -101,7 +101,7 @@ def install(tmp_path):
 
 
 @pytest.mark.parametrize('family', [FORKS, ORIGINALS], ids=['forks', 'originals'])
-@pytest.mark.parametrize('part', ['demo', 'test'])
+@pytest.mark.parametrize('part', ['demo', 'demo-seg', 'demo-det', 'test'])
 def test_an_environment_with_all_that_is_needed_is_used_as_it_is(install, family, part):
     result = install(part, family, '-S', '-c', 'import sys; print(sys.executable, sys.path)')
 
@@ -144,12 +144,27 @@ def test_a_part_that_is_too_old_is_named_with_its_cure(install):
     assert f"{sys.executable} -m pip install 'mmpretrain>=1.2'" in result.stderr
 
 
-def test_only_the_tests_ask_for_the_compiled_ops_of_mmcv(install):
-    assert install('demo', FORKS, mmcv_ops=False).returncode == 0
+@pytest.mark.parametrize(
+    ('part', 'others'), [('demo', {'mmdet', 'mmseg'}), ('demo-seg', {'mmdet'})]
+)
+def test_demos_without_detectors_need_neither_mmdet_nor_the_compiled_ops_of_mmcv(
+    install, part, others
+):
+    packages = {name: FORKS[name] for name in FORKS if name not in others}
+    assert install(part, packages, mmcv_ops=False).returncode == 0
 
 
-def test_missing_compiled_ops_are_named(install):
-    result = install('test', FORKS, mmcv_ops=False)
+@pytest.mark.parametrize(('part', 'module'), [('demo-seg', 'mmseg'), ('demo-det', 'mmdet')])
+def test_a_demo_without_its_models_names_what_they_come_in(install, part, module):
+    result = install(part, {name: FORKS[name] for name in FORKS if name != module})
+
+    assert result.returncode == 1
+    assert f'{FORKS[module][0]}: not installed' in result.stderr
+
+
+@pytest.mark.parametrize('part', ['test', 'demo-det'])
+def test_missing_compiled_ops_are_named(install, part):
+    result = install(part, FORKS, mmcv_ops=False)
 
     assert result.returncode == 1
     assert 'mmcv._ext' in result.stderr
@@ -208,6 +223,31 @@ def test_a_finished_part_leaves_the_others_complete(venv, monkeypatch):
     assert venv.is_complete('demo')
     assert venv.is_complete('lint')
     assert not venv.is_complete('test')
+
+
+def test_an_environment_for_the_tests_is_one_for_every_demo(venv, monkeypatch):
+    monkeypatch.setattr(venv, 'run', lambda *arguments, **options: None)
+    monkeypatch.setattr(venv, 'install_mmcv', lambda with_ops: None)
+    monkeypatch.setattr(venv.mmcv_ops, 'check_tools', lambda: None)
+
+    venv.complete('demo-seg')
+    assert [part for part in venv.FILES if venv.is_complete(part)] == ['demo', 'demo-seg']
+    venv.complete('test')
+    assert set(filter(venv.is_complete, venv.FILES)) == set(venv.FILES) - {'lint'}
+
+
+@pytest.mark.parametrize(
+    ('part', 'expected'), [('demo', False), ('demo-seg', False), ('demo-det', True), ('test', True)]
+)
+def test_mmcv_comes_with_its_ops_where_detectors_are_used(venv, monkeypatch, part, expected):
+    asked = []
+    monkeypatch.setattr(venv, 'run', lambda *arguments, **options: None)
+    monkeypatch.setattr(venv, 'install_mmcv', lambda with_ops: asked.append(with_ops))
+    monkeypatch.setattr(venv.mmcv_ops, 'check_tools', lambda: None)
+
+    venv.complete(part)
+
+    assert asked == [expected]
 
 
 @pytest.mark.parametrize('file', ['requirements/demo.txt', 'requirements/constraints.txt'])

@@ -249,13 +249,14 @@ def benchmark(
     return rows
 
 
-HEADINGS = ('', 'params', 'MACs', 'file MB', 'ms (quartiles)', 'speed', 'memory MB')
+HEADINGS = ('', 'params', 'MACs', 'file\nMB', 'ms\n(middle half)', 'speed', 'memory\nMB')
 
 
 def cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """The rows as text under `HEADINGS`; shares are of the first row's parameters and MACs.
+    """The rows as text under `HEADINGS`, some of it in two lines.
 
-    What is zero does not count as a parameter or MAC here: it is what a runtime could leave out.
+    Shares are of the first row's parameters and MACs. What is zero does not count as a parameter
+    or MAC here: it is what a runtime could leave out.
     """
     first = rows[0]
 
@@ -263,7 +264,7 @@ def cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         if row.get(f'nonzero_{key}') is None or not first.get(key):
             return ''
         amount, part = row[f'nonzero_{key}'], row[f'nonzero_{key}'] / first[key]
-        return f'{amount / 1e6:,.2f} M ({part:.0%})'
+        return f'{amount / 1e6:,.2f} M\n({part:.0%})'
 
     return [
         [
@@ -271,7 +272,7 @@ def cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
             share(row, 'params'),
             share(row, 'macs'),
             '' if row['file_mb'] is None else f'{row["file_mb"]:.2f}',
-            f'{row["median"]:.2f} ({row["low"]:.4g}-{row["high"]:.4g})',
+            f'{_short(row["median"])}\n({_short(row["low"])}-{_short(row["high"])})',
             f'{row["speedup"]:.2f}x',
             '' if row['memory_mb'] is None else f'{row["memory_mb"]:.0f}',
         ]
@@ -279,7 +280,11 @@ def cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     ]
 
 
+def _short(milliseconds: float) -> str:
+    return f'{milliseconds:.2f}' if milliseconds < 10 else f'{milliseconds:.1f}'
+
+
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows as a Markdown table."""
     lines = [HEADINGS, ['---', *['---:'] * (len(HEADINGS) - 1)], *cells(rows)]
-    return ''.join(f'| {" | ".join(line)} |\n' for line in lines)
+    return ''.join(f'| {" | ".join(line)} |'.replace('\n', ' ') + '\n' for line in lines)

@@ -69,6 +69,14 @@ class Sigkill(Hook):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+@HOOKS.register_module()
+class Unfound(Hook):
+    """Misses a file that no key of the config names."""
+
+    def before_train(self, runner):
+        raise FileNotFoundError('6 of 7')
+
+
 @DATA_SAMPLERS.register_module()
 class FixedBatches(BatchSampler):
     """A batch sampler such as detectors have: the loader itself then knows no batch size."""

@@ -6,6 +6,7 @@ MMEngine keeps loggers, hubs and scopes for a whole process, and some runs here 
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import importlib
 import importlib.util
@@ -27,7 +28,10 @@ _PROCESSES = multiprocessing.get_context('forkserver')
 # Not mmsmart: a stock process must be able to say that it has never seen it.
 _PROCESSES.set_forkserver_preload(
     ['mmpretrain', 'mmpretrain.apis', 'mmpretrain.datasets', 'mmpretrain.evaluation',
-     'mmpretrain.models', 'sklearn.datasets', 'matplotlib.backends.backend_agg']
+     'mmpretrain.models', 'mmdet', 'mmdet.apis', 'mmdet.datasets', 'mmdet.engine',
+     'mmdet.evaluation', 'mmdet.models', 'mmdet.visualization', 'mmseg', 'mmseg.apis',
+     'mmseg.datasets', 'mmseg.engine', 'mmseg.evaluation', 'mmseg.models', 'mmseg.visualization',
+     'sklearn.datasets', 'matplotlib.backends.backend_agg']
 )  # fmt: skip
 
 
@@ -67,9 +71,12 @@ def finished(process: Any, receive: Any, log: Path | None) -> Outcome:
 
 
 def _call(send: Any, log: Path | None, function: Callable[..., Any], args: Any) -> None:
+    import mmengine.config.config
     import numpy as np
     import torch
 
+    # MMEngine formats the config anew for every checkpoint, which takes longer than the run.
+    mmengine.config.config.FormatCode = lambda text, **settings: (text, True)
     np.random.seed()  # the server's would be everybody's, and a run without a seed asks it for one
     torch.set_num_threads(1)
     gc.freeze()  # or every collection walks through all that the server has imported
@@ -217,10 +224,57 @@ def train_here(config: dict[str, Any]) -> list[dict[str, Any]]:
     return next(hook.notes for hook in runner.hooks if type(hook).__name__ == 'Witness')
 
 
-def run_tool(path: Path, *arguments: str) -> None:
+def run_tool(path: Path, *arguments: str | Path) -> None:
     """Run a stock tool in this process as if from the command line."""
-    sys.argv = [str(path), *arguments]
+    sys.argv = [str(path), *map(str, arguments)]
     runpy.run_path(str(path), run_name='__main__')
+
+
+def run_tool_undrawn(path: Path, *arguments: str | Path) -> None:
+    """:func:`run_tool`, with an empty file for `pruning.png`, which takes longer than the run."""
+    figure = importlib.import_module('matplotlib.figure')
+    figure.Figure.savefig = lambda self, path, **settings: Path(path).touch()
+    run_tool(path, *arguments)
+
+
+def run_tool_mixed(path: Path, *arguments: str | Path) -> None:
+    """:func:`run_tool_undrawn` with `--amp`, on a machine that pretends to have a GPU."""
+    import torch
+
+    amp = importlib.import_module('mmengine.optim.optimizer.amp_optimizer_wrapper')
+    amp.is_cuda_available = lambda: True
+    amp.GradScaler = functools.partial(torch.amp.GradScaler, device='cpu')
+    run_tool_undrawn(path, *arguments, '--amp')
+
+
+def scored_by_stock_tool(scope: str, config: Path, weights: Path, work_dir: Path, *arguments: str):
+    """Metrics of a checkpoint by `tools/test.py`, in a process that can't import mmsmart.
+
+    The checkpoint also has to fit the stock model with `strict=True`.
+    """
+    sys.modules['mmsmart'] = None  # an import of it is an error from here on
+    metrics = scored(scope, config, weights, work_dir, *arguments)
+    strictly_loaded(config, weights)
+    loaded = [name for name, module in sys.modules.items() if module]
+    assert not [name for name in loaded if name.partition('.')[0] == 'mmsmart']
+    return metrics
+
+
+def scored(scope: str, config: Path, weights: Path, work_dir: Path, *arguments: str) -> dict:
+    """Metrics of a checkpoint by the stock `tools/test.py`."""
+    run_tool(stock_tool('test.py', scope), config, weights, '--work-dir', work_dir, *arguments)
+    (file,) = work_dir.glob('*/*.json')
+    metrics = json.loads(file.read_text())
+    return {key: value for key, value in metrics.items() if key not in ('time', 'data_time')}
+
+
+def strictly_loaded(config: Path, weights: Path) -> None:
+    import torch
+    from mmengine.config import Config
+    from mmengine.registry import MODELS
+
+    model = MODELS.build(Config.fromfile(config).model)
+    model.load_state_dict(torch.load(weights, weights_only=True)['state_dict'], strict=True)
 
 
 def pruned_weights(work_dir: Path) -> dict[str, Any]:
@@ -258,9 +312,9 @@ def write_config(path: Path, config: dict[str, Any], bases: Sequence[Path] = ())
     return path
 
 
-def stock_tool(name: str) -> Path:
-    """A tool of mmpretrain, as it was installed."""
-    return Path(importlib.util.find_spec('mmpretrain').origin).parent / '.mim/tools' / name
+def stock_tool(name: str, scope: str = 'mmpretrain') -> Path:
+    """A tool of a toolbox, as it was installed."""
+    return Path(importlib.util.find_spec(scope).origin).parent / '.mim/tools' / name
 
 
 def assert_same_end(one: Path, other: Path) -> None:
@@ -270,6 +324,28 @@ def assert_same_end(one: Path, other: Path) -> None:
     differing = [key for key in first if not bool((first[key] == second[key]).all())]
     assert not differing
     assert report(one) == report(other)
+
+
+def nonzero_masks(state: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Where the pruned layers of a state dict are not zero, by name."""
+    return {row['name']: state[f'{row["name"]}.weight'] != 0 for row in rows}
+
+
+def assert_on_budget(work_dir: Path) -> None:
+    """The figures meet the budget, and the checkpoint holds as many weights as they say."""
+    figures = report(work_dir)
+    assert figures['kept'] <= figures['budget'] < figures['kept'] + figures['next_block_cost']
+    masks = nonzero_masks(pruned_weights(work_dir), figures['layers'])
+    for row in figures['layers']:
+        assert int(masks[row['name']].sum()) == row['params_kept'], row['name']
+    assert sum(row['params_kept'] for row in figures['layers']) == figures['kept']
+
+
+def assert_finished(function: Callable[..., Any], *args: Any, log: Path) -> Outcome:
+    """:func:`apart`, for what has to end well."""
+    outcome = apart(function, *args, log=log)
+    assert outcome.error is None and outcome.exitcode == 0, outcome.log[-3000:]
+    return outcome
 
 
 def assert_nothing_written(work_dir: Path) -> None:

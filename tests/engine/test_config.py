@@ -216,6 +216,44 @@ def test_checkpoint_with_missing_layers_is_a_start_for_pretraining(tmp_path, den
     assert outcome.error is None, outcome.log
 
 
+FEWER_CLASSES = dict(head=dict(num_classes=7), data_preprocessor=dict(num_classes=7))
+
+
+@pytest.mark.parametrize(
+    'smart',
+    [
+        pytest.param(SEARCH_AT_ONCE, id='head pruned'),
+        pytest.param(
+            {**SEARCH_AT_ONCE, 'layers': [dict(pattern='head', exclude=True)]}, id='head left dense'
+        ),
+    ],
+)
+def test_checkpoint_with_other_classes_is_refused_where_nothing_trains_the_head(
+    tmp_path, dense_checkpoint, smart
+):
+    config = smart_config(tmp_path, smart, model=FEWER_CLASSES, load_from=str(dense_checkpoint))
+    error = refused_start(config)
+    assert 'head.fc.weight is (7, 64) in the model and (10, 64) in the checkpoint' in error
+    assert 'head.fc.bias is (7,) in the model and (10,) in the checkpoint' in error
+    assert 'load_from' in error and 'smart.stages.pretrain' in error
+
+
+def test_checkpoint_with_other_classes_is_a_start_for_pretraining(tmp_path, dense_checkpoint):
+    more_classes = dict(head=dict(num_classes=12), data_preprocessor=dict(num_classes=12))
+    outcome = train(
+        smart_config(
+            tmp_path,
+            model=more_classes,
+            load_from=str(dense_checkpoint),
+            train_cfg=dict(max_epochs=2),
+        )
+    )
+    assert outcome.error is None, outcome.log
+    assert 'load_from: head.fc.weight, head.fc.bias of the model start untrained' in outcome.log
+    state = torch.load(tmp_path / 'pruned.pth', weights_only=True)['state_dict']
+    assert state['head.fc.weight'].shape == (12, 64)
+
+
 @pytest.mark.parametrize(
     ('smart', 'words'),
     [

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from mmengine.model import is_model_wrapper
+from mmengine.model import is_model_wrapper, revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 from mmpretrain.models import ImageClassifier
 from torch import nn
@@ -77,3 +77,17 @@ def test_layers_that_are_frozen_in_train_are_left_dense():
     model = SmartModel(model=FrozenInTrain(nn.Linear(8, 8), nn.Linear(8, 8)), block=(4, 4))
     assert [layer.name for layer in masks_of(model).layers] == ['1']
     assert 'frozen' in masks_of(model).excluded[0].reason
+
+
+def test_masks_stay_with_the_model_whose_synchronised_norms_are_reverted():
+    """As every runner does that is not distributed, after the model was built."""
+    config = copy.deepcopy(CLASSIFIER)
+    config['backbone']['norm_cfg'] = dict(type='SyncBN')
+    model = SmartModel(config, sparsity=0.5, block=(4, 4))
+    keys = list(model.state_dict())
+    assert any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
+    reverted = revert_sync_batchnorm(model)
+    assert not any(isinstance(module, nn.SyncBatchNorm) for module in reverted.modules())
+    assert list(reverted.state_dict()) == keys
+    modules = dict(reverted.named_modules())
+    assert all(modules[layer.name] is layer.module for layer in masks_of(reverted).layers)

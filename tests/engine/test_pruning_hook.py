@@ -165,6 +165,22 @@ def test_averages_are_pruned_like_the_model_from_the_search_on(tmp_path, setting
         assert any(not torch.equal(stored[key], moving[f'module.{key}']) for key in stored)
 
 
+@pytest.mark.parametrize('averaged', [True, False])
+def test_weights_are_written_as_they_were_scored(tmp_path, averaged):
+    """mmpretrain's hook may score the average, the model itself, or both, the average first."""
+    average = dict(type='EMAHook', momentum=0.2, evaluate_on_ema=averaged, evaluate_on_origin=True)
+    run(smart_config(tmp_path, custom_hooks=[average]))
+    checkpoint, written = load(tmp_path / 'epoch_4.pth'), pruned_weights(tmp_path)
+    model = {
+        key.removeprefix('module.'): value for key, value in checkpoint['ema_state_dict'].items()
+    }
+    scored, other = checkpoint['state_dict'], model
+    if not averaged:
+        scored, other = other, scored
+    assert all(torch.equal(scored[key], written[key]) for key in written)
+    assert any(not torch.equal(other[key], written[key]) for key in written)
+
+
 def test_metrics_of_the_report_are_those_of_the_last_validation(finished_run):
     work_dir, _ = finished_run
     measured = [line['accuracy/top1'] for line in scalars(work_dir) if 'accuracy/top1' in line]

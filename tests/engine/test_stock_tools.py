@@ -15,9 +15,12 @@ from sklearn.datasets import load_digits
 
 from engine.runs import (
     apart,
+    assert_finished,
+    assert_on_budget,
     pipeline,
     report,
     run_tool,
+    run_tool_mixed,
     smart_config,
     stock_config,
     stock_tool,
@@ -75,27 +78,13 @@ def test_stock_test_tool_scores_the_pruning_config_too(tmp_path, finished_run):
     assert float(accuracy) == pytest.approx(report(finished)['pruned']['accuracy/top1'], abs=1e-3)
 
 
-def amp_run(config_file) -> list[str]:
-    """Run the stock tool with `--amp` on a machine that pretends to have a GPU."""
-    import functools
-    import importlib
-
-    import torch
-
-    amp = importlib.import_module('mmengine.optim.optimizer.amp_optimizer_wrapper')
-    amp.is_cuda_available = lambda: True
-    amp.GradScaler = functools.partial(torch.amp.GradScaler, device='cpu')
-    run_tool(stock_tool('train.py'), str(config_file), '--amp')
-
-
 def test_amp_of_the_stock_tool_keeps_the_masks(tmp_path):
     import torch
 
     config = smart_config(tmp_path / 'work', train_cfg=dict(max_epochs=2))
-    outcome = apart(amp_run, write_config(tmp_path / 'amp.py', config), log=tmp_path / 'log')
-    assert outcome.error is None, outcome.log
-    figures = report(tmp_path / 'work')
-    assert figures['kept'] <= figures['budget'] < figures['kept'] + figures['next_block_cost']
+    path = write_config(tmp_path / 'amp.py', config)
+    assert_finished(run_tool_mixed, stock_tool('train.py'), path, log=tmp_path / 'log')
+    assert_on_budget(tmp_path / 'work')
     checkpoint = torch.load(tmp_path / 'work/epoch_2.pth', weights_only=False)
     assert 'loss_scaler' in checkpoint['optimizer']
     assert checkpoint['optimizer']['smart']['masks']['state'] == 'hard'
@@ -108,10 +97,14 @@ def refused(monkeypatch, config_file) -> str:
     return str(stopped.value)
 
 
-def test_our_tools_name_the_scopes_they_know(tmp_path, monkeypatch):
-    path = write_config(tmp_path / 'config.py', dict(default_scope='mmrotate'))
-    message = refused(monkeypatch, path)
-    assert 'default_scope' in message and 'mmpretrain, mmdet, mmseg' in message
+@pytest.mark.parametrize(
+    ('config', 'found'),
+    [(dict(default_scope='mmrotate'), "'mmrotate'"), (dict(work_dir='work'), 'missing')],
+    ids=['unknown', 'missing'],
+)
+def test_our_tools_name_the_scopes_they_know(tmp_path, monkeypatch, config, found):
+    message = refused(monkeypatch, write_config(tmp_path / 'config.py', config))
+    assert f'default_scope is {found}' in message and 'mmpretrain, mmdet, mmseg' in message
 
 
 def test_our_tools_say_how_to_install_a_missing_toolbox(tmp_path, monkeypatch):
