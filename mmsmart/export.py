@@ -111,9 +111,9 @@ def save_onnx(
             made = session.run(list(names), {'images': batch.numpy()})
             with torch.no_grad():
                 outputs = model(batch)
-            difference = max(difference, _largest_difference(outputs, map(torch.from_numpy, made)))
+            difference = max(difference, largest_difference(outputs, map(torch.from_numpy, made)))
         hint = ' Some models have the number of images in their graph.' if dynamic_batch else ''
-        _expect_at_most(tolerance, difference, path, hint)
+        expect_at_most(tolerance, difference, path, hint)
     return difference
 
 
@@ -138,8 +138,8 @@ def save_exported_program(
         with _exporter_quiet():
             torch.export.save(torch.export.export(model, (images,), strict=False), temporary)
             loaded = torch.export.load(temporary).module()
-        difference = _largest_difference(model(images), loaded(images))
-        _expect_at_most(tolerance, difference, path)
+        difference = largest_difference(model(images), loaded(images))
+        expect_at_most(tolerance, difference, path)
     return difference
 
 
@@ -157,7 +157,7 @@ def _exporter_quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _largest_difference(outputs: Iterable[Tensor], others: Iterable[Tensor]) -> float:
+def largest_difference(outputs: Iterable[Tensor], others: Iterable[Tensor]) -> float:
     def share(one: Tensor, other: Tensor) -> float:
         scale = float(one.abs().max()) or 1.0
         return float((one - other).abs().max()) / scale
@@ -165,7 +165,7 @@ def _largest_difference(outputs: Iterable[Tensor], others: Iterable[Tensor]) -> 
     return max(share(one, other) for one, other in zip(outputs, others, strict=True))
 
 
-def _expect_at_most(tolerance: float, difference: float, path: str | Path, hint: str = '') -> None:
+def expect_at_most(tolerance: float, difference: float, path: str | Path, hint: str = '') -> None:
     if not difference <= tolerance:  # NaN is no agreement either
         raise ArithmeticError(
             f'{Path(path).name}: its outputs differ from the model by {difference:.1e} of their '

@@ -7,8 +7,11 @@ What `--to` can be:
 
     checkpoint  weights alone, dense shapes, pruned weights exactly zero: for the stock tools
     blocks      packed blocks, only those that are left (docs/packed-blocks.md)
+    shrunk      channels that were pruned cut out, with structure.json and a config for it
     onnx        backbone, neck and head as ONNX, compared with the model by ONNX Runtime
     pt2         the same as a graph of torch.export, compared with the model
+
+Of a two-stage detector the ONNX and pt2 files end where its RoI head begins.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from pathlib import Path
 ENDINGS = {
     'checkpoint': '_plain.pth',
     'blocks': '_blocks.safetensors',
+    'shrunk': '_shrunk.pth',
     'onnx': '.onnx',
     'pt2': '.pt2',
 }
@@ -34,7 +38,7 @@ def parse_args(args: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add('config', help='config that the model was trained with')
-    add('checkpoint', help='pruned.pth, or any checkpoint of the run since the search ended')
+    add('checkpoint', help='pruned.pth, shrunk.pth, or one saved since the search ended')
     add('--to', required=True, choices=list(ENDINGS), help='what to write')
     add('--out', metavar='FILE', help='file to write; beside the checkpoint if not given')
     add('--shape', type=int, nargs='+', metavar='N',
@@ -43,6 +47,8 @@ def parse_args(args: Sequence[str] | None = None) -> argparse.Namespace:
     add('--dynamic-batch', action='store_true', help='onnx takes any number of images at once')
     add('--report', metavar='FILE',
         help='pruning.json for blocks; the one beside the checkpoint if not given')  # fmt: skip
+    add('--structure', metavar='FILE',
+        help='structure.json for shrunk; the one beside the checkpoint if not given')  # fmt: skip
     add('--cfg-options', nargs='+', action=DictAction,
         help='override settings of the config, the key-value pair in xxx=yyy format')  # fmt: skip
     return parser.parse_args(args)
@@ -63,6 +69,7 @@ def main() -> None:
         difference = {
             'checkpoint': lambda: export.export_checkpoint(*given),
             'blocks': lambda: export.export_blocks(*given, args.report),
+            'shrunk': lambda: export.export_shrunk(*given, args.structure, args.shape),
             'onnx': lambda: export.export_onnx(*given, args.shape, args.dynamic_batch),
             'pt2': lambda: export.export_pt2(*given, args.shape),
         }[args.to]()

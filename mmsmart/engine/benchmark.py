@@ -10,7 +10,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -230,7 +230,7 @@ def benchmark(
             say(f'exporting {name} to ONNX')
             file = Path(onnx_folder) / f'{len(counts)}.onnx'
             save_onnx(model, images, file, model.output_names(images))
-            subjects[f'{name} as ONNX'] = Subject(**{**asdict(subject), 'file': file})
+            subjects[f'{name} as ONNX'] = replace(subject, file=file)
             counts[f'{name} as ONNX'] = counts[name]
         del model
     runs = {name: subject.build() for name, subject in subjects.items()}

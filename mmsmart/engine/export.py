@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import pickle
 from collections.abc import Iterator, Sequence
@@ -20,11 +21,16 @@ from mmsmart.engine.raw_forward import RawForward, example_input, upstream_setti
 from mmsmart.engine.stock_tools import enable_inheritance
 from mmsmart.export import (
     complete_or_absent,
+    expect_at_most,
+    largest_difference,
     save_exported_program,
     save_onnx,
     save_plain_checkpoint,
 )
 from mmsmart.packed import load_packed, load_packed_meta, save_packed
+from mmsmart.shrink import read_structure, shrink
+
+SHRUNK = 'mmsmart.ShrunkModel'
 
 
 def read_config(path: str | Path, options: dict[str, Any] | None = None) -> Config:
@@ -51,12 +57,13 @@ def read_config(path: str | Path, options: dict[str, Any] | None = None) -> Conf
 
 
 def load_model(config: Config, checkpoint: str | Path | None = None) -> nn.Module:
-    """Build the stock model in eval mode, on the CPU, with the weights of a checkpoint.
+    """Build the stock (or shrunk) model in eval mode, on the CPU, with a checkpoint's weights.
 
     Args:
         config: The config it was trained with.
-        checkpoint: `pruned.pth`, a packed-blocks file, any plain checkpoint, or one that MMEngine
-            saved during a run; weights stay random if not given.
+        checkpoint: `pruned.pth`, a packed-blocks file, any plain checkpoint, one that MMEngine
+            saved during a run, or a `shrunk.pth` beside its `structure.json`; weights stay random
+            if not given.
 
     Raises:
         FileNotFoundError: If there is no such checkpoint.
@@ -65,11 +72,18 @@ def load_model(config: Config, checkpoint: str | Path | None = None) -> nn.Modul
     settings = upstream_settings(config)
     settings.pop('pretrained', None)  # only `init_weights` would read it, and mmseg warns of it
     with DefaultScope.overwrite_default_scope(config.default_scope):
-        model = MODELS.build(settings)
-    model = revert_sync_batchnorm(model).eval()
-    if checkpoint is not None:
-        state, _ = read_checkpoint(checkpoint)
-        _load_strictly(model, state, checkpoint)
+        model = revert_sync_batchnorm(MODELS.build(settings)).eval()
+    structure = config.model.get('structure')  # of mmsmart.ShrunkModel
+    if structure is not None:
+        shrink(model, read_structure(structure), structure)
+    if checkpoint is None:
+        return model
+    state = {key.removeprefix('module.'): x for key, x in read_checkpoint(checkpoint)[0].items()}
+    beside = Path(checkpoint).with_name('structure.json')
+    # pruned.pth, of dense shapes, lies beside it too.
+    if structure is None and beside.is_file() and _other_shapes(model, state):
+        shrink(model, read_structure(beside), beside)
+    _load_strictly(model, state, checkpoint)
     return model
 
 
@@ -147,6 +161,66 @@ def export_blocks(
             raise ArithmeticError(f'{out}: {", ".join(names)} came back changed.')
 
 
+def export_shrunk(
+    config: Config,
+    checkpoint: str | Path,
+    out: str | Path,
+    structure: str | Path | None = None,
+    shape: Sequence[int] | None = None,
+) -> float:
+    """Write the model with its pruned channels cut out, compared with the masked one.
+
+    Three files: the checkpoint, `structure.json` and a config of the same name that builds the
+    smaller model for it. They belong into one folder.
+
+    Args:
+        config: The config of the model.
+        checkpoint: As for :func:`load_model`.
+        out: The checkpoint to write.
+        structure: `structure.json` of the run; the one beside the checkpoint if not given.
+        shape: Size of an image, as for :func:`example_input`.
+
+    Returns:
+        Largest difference over all raw outputs, as a share of the output's largest value.
+
+    Raises:
+        FileNotFoundError: If there is no structure.
+        ValueError: If it is one of another model.
+        ArithmeticError: If the smaller model computes something else; nothing is kept.
+    """
+    source = Path(structure or Path(checkpoint).with_name('structure.json'))
+    read = read_structure(source)
+    _, meta = read_checkpoint(checkpoint)
+    masked = load_model(config, checkpoint)
+    shrunk = copy.deepcopy(masked)
+    shrink(shrunk, read, source)
+    images = example_input(config, shape)
+    with torch.no_grad():
+        outputs = RawForward(masked)(images)
+        difference = largest_difference(outputs, RawForward(shrunk)(images))
+    expect_at_most(1e-4, difference, out)
+    out = Path(out)
+    save_plain_checkpoint(shrunk, out, _kept(meta))
+    with complete_or_absent(out.with_name('structure.json')) as temporary:
+        temporary.write_text(json.dumps(read) + '\n')
+    with complete_or_absent(out.with_suffix('.py')) as temporary:
+        shrunk_config(config, out).dump(temporary)
+    return difference
+
+
+def shrunk_config(config: Config, checkpoint: Path) -> Config:
+    """The config of the shrunk model: for tests, more training, and MMEngine's inference APIs."""
+    config = copy.deepcopy(config)
+    for key in ('smart', 'runner_type'):
+        config.pop(key, None)
+    folder = '{{ fileDirname }}'
+    config.model = dict(
+        type=SHRUNK, model=upstream_settings(config), structure=f'{folder}/structure.json'
+    )
+    config.load_from = f'{folder}/{checkpoint.name}'
+    return config
+
+
 def export_onnx(
     config: Config,
     checkpoint: str | Path,
@@ -188,10 +262,14 @@ def _found_in_mmengine_checkpoints() -> list[Any]:
     return [*arrays, *kinds, HistoryBuffer, getattr]
 
 
+def _other_shapes(model: nn.Module, state: dict[str, Tensor]) -> bool:
+    return any(
+        key in state and state[key].shape != x.shape for key, x in model.state_dict().items()
+    )
+
+
 def _load_strictly(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
-    own = model.state_dict()
-    state = {key.removeprefix('module.'): value for key, value in state.items()}
-    differences = list(_differences(own, state))
+    differences = list(_differences(model.state_dict(), state))
     if differences:
         more = f', and {len(differences) - 3} more' if len(differences) > 3 else ''
         raise ValueError(

@@ -22,6 +22,7 @@ def SmartModel(
     block: Sequence[int] | str = (16, 8, 1, 1),
     resource: str = 'params',
     shape: Sequence[int] = (224, 224),
+    data_preprocessor: dict[str, Any] | None = None,
     **pruning: Any,
 ) -> nn.Module:
     """Build the upstream model and install block masks on it; what comes back *is* that model.
@@ -32,17 +33,20 @@ def SmartModel(
         resource: What the budget counts: 'params', or 'macs' of an image of this shape.
         shape: `(height, width)` of the image that is followed through the model, where MACs are
             counted or channels coupled.
+        data_preprocessor: Handed on; a `Runner` gives what its config has beside the model.
         pruning: `sparsity`, `layers` and `round_to` of :func:`mmsmart.install_masks`.
     """
     if not isinstance(model, nn.Module):
-        model = MMENGINE_MODELS.build(model)
+        model = _built(model, data_preprocessor)
     # Some backbones freeze their first stages in `train()` and not before.
     install_masks(model.train(), block=block, **traced(model, block, resource, shape), **pruning)
     return model
 
 
 @MODELS.register_module()
-def ShrunkModel(model: dict[str, Any], structure: str) -> nn.Module:
+def ShrunkModel(
+    model: dict[str, Any], structure: str, data_preprocessor: dict[str, Any] | None = None
+) -> nn.Module:
     """Build the upstream model with the channels cut out that a `structure.json` says.
 
     Its weights come from the checkpoint that was saved with the structure, and from there alone: an
@@ -51,15 +55,22 @@ def ShrunkModel(model: dict[str, Any], structure: str) -> nn.Module:
     Args:
         model: Config of the upstream model.
         structure: Path of `structure.json`.
+        data_preprocessor: As for `SmartModel`.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If it can't be read, or is that of another model.
     """
     read = read_structure(structure)
-    built = MMENGINE_MODELS.build(model)
+    built = _built(model, data_preprocessor)
     shrink(built, read, structure)
     for module in built.modules():
         if isinstance(module, BaseModule):
             module._is_init = True
     return built
+
+
+def _built(model: dict[str, Any], data_preprocessor: dict[str, Any] | None) -> nn.Module:
+    if data_preprocessor is not None and 'data_preprocessor' not in model:
+        model = {**model, 'data_preprocessor': data_preprocessor}
+    return MMENGINE_MODELS.build(model)

@@ -149,7 +149,7 @@ def example_input(config: Config, shape: Sequence[int] | None = None) -> Tensor:
 
 
 def upstream_settings(config: Config) -> dict[str, Any]:
-    """A copy of the config's `model`, or of the one that an `mmsmart.SmartModel` is wrapped around.
+    """A copy of the config's `model`, or of the one that an mmsmart builder is wrapped around.
 
     As MMEngine's tools do, it takes over a `data_preprocessor` that stands beside the model.
     """

@@ -124,13 +124,17 @@ def solve_coupled_threshold(
     m = importance.detach().cpu().double()
     if budget == full:
         return torch.tensor(-torch.inf, dtype=torch.float64, device=importance.device)
-    threshold = m.min() - 40 * temperature if start is None else torch.as_tensor(start).cpu()
+    everything = m.min() - 40 * temperature
+    threshold = everything if start is None else torch.as_tensor(start).cpu()
     for _ in range(_MAX_PASSES):
         mask = soft_mask(m, threshold, temperature)
         spent = cost.of(mask)
         if abs(spent - budget) <= _RESOLVED * max(budget, 1.0):
             break
         price = cost.marginal(mask)
+        if not bool(price.any()):  # where nothing is kept, a channel between two layers is free
+            threshold = everything
+            continue
         left = float(budget - spent + price @ mask)
         # From masks that are too small the linearised cost may never reach the budget.
         left = min(max(left, 0.0), float(price.sum()))

@@ -14,8 +14,9 @@ from engine.runs import REPO, run_tool, smart_config, stock_config, write_config
 from engine.test_raw_forward import EVERY_DAY, SLOW, built
 from mmsmart.engine.export import load_model, read_checkpoint, read_config
 from mmsmart.engine.raw_forward import RawForward, example_input
-from mmsmart.export import save_exported_program, save_onnx
+from mmsmart.export import save_exported_program, save_onnx, save_plain_checkpoint
 from mmsmart.packed import load_packed
+from mmsmart.shrink import Kept, cut_channels, structure_of
 
 
 @pytest.fixture
@@ -81,6 +82,45 @@ def test_a_model_is_loaded_from_packed_blocks_too(run):
     assert_same_tensors(packed.state_dict(), load_model(config, run / 'pruned.pth').state_dict())
 
 
+def shrunk(run):
+    """Write shrunk.pth and structure.json: two channels between two convolutions are cut out."""
+    model = load_model(read_config(run / 'config.py'), run / 'pruned.pth')
+    stay, block = torch.arange(2, 8), 'backbone.layer1.0'
+    kept = {f'{block}.conv1': Kept(stay), f'{block}.bn1': Kept(stay)}
+    kept[f'{block}.conv2'] = Kept(None, stay)
+    (run / 'structure.json').write_text(json.dumps(structure_of(model, kept)))
+    cut_channels(model, kept)
+    save_plain_checkpoint(model, run / 'shrunk.pth')
+    return model
+
+
+def test_a_shrunk_checkpoint_is_loaded_by_the_structure_beside_it(run):
+    model, config = shrunk(run), read_config(run / 'config.py')
+    loaded = load_model(config, run / 'shrunk.pth')
+    assert_same_tensors(loaded.state_dict(), model.state_dict())
+    images = example_input(config)
+    assert torch.equal(RawForward(loaded)(images)[0], RawForward(model.eval())(images)[0])
+    dense = load_model(config, run / 'pruned.pth')  # beside the same structure.json
+    assert dense.backbone.layer1[0].conv1.weight.shape[0] == 8
+
+
+def test_a_config_of_a_shrunk_model_builds_it(run):
+    model, config = shrunk(run), read_config(run / 'config.py')
+    config.model = dict(
+        type='mmsmart.ShrunkModel', model=config.model, structure=str(run / 'structure.json')
+    )
+    (run / 'structure.json').rename(run / 'elsewhere.json')
+    config.model.structure = str(run / 'elsewhere.json')
+    assert_same_tensors(load_model(config, run / 'shrunk.pth').state_dict(), model.state_dict())
+    assert load_model(config).backbone.layer1[0].conv1.weight.shape[0] == 6
+
+
+def test_a_shrunk_checkpoint_without_its_structure_is_refused(run):
+    shrunk(run)
+    (run / 'structure.json').unlink()
+    assert 'conv1.weight is (6, 8, 3, 3)' in refused(run, 'shrunk.pth', '--to', 'onnx')
+
+
 # Graphs
 
 
@@ -104,8 +144,8 @@ def test_the_size_of_an_exported_program_is_that_of_the_test_pipeline(run):
     assert scores.shape == (1, 10)
 
 
-MODELS = [*EVERY_DAY[2:3], *(pytest.param(*row, marks=pytest.mark.slow) for row in SLOW)]
-MODELS += [pytest.param(*row, marks=pytest.mark.slow) for row in EVERY_DAY[1:2] + EVERY_DAY[3:]]
+MODELS = [*EVERY_DAY[3:4], *(pytest.param(*row, marks=pytest.mark.slow) for row in SLOW)]
+MODELS += [pytest.param(*row, marks=pytest.mark.slow) for row in EVERY_DAY[1:3] + EVERY_DAY[4:]]
 
 
 @pytest.mark.parametrize(('name', 'edge', 'first', 'raw', 'auxiliary'), MODELS)
