@@ -107,9 +107,11 @@ setup(
             'mmsegmentation>=1.2',
             'torchvision>=0.15',
         ],
-        'export': [
-            'torch-pruning>=1.6',  # finds the channels that have to be cut together
-            'onnx>=1.14',
+        'channel': ['torch-pruning>=1.6'],  # finds the channels that have to be cut together
+        'export': [  # ONNX through torch's exporter wants torch 2.6
+            'onnx>=1.16',
+            'onnxruntime>=1.20',
+            'onnxscript>=0.2',
             'safetensors>=0.4',  # the packed-blocks file
         ],
         'tests': ['pytest>=7.4', 'hypothesis>=6.80', 'ruff>=0.17'],

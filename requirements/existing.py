@@ -44,6 +44,10 @@ _NEEDS = [
     _same_in_both('matplotlib', 'matplotlib', '3.5'),
     _same_in_both('sklearn', 'scikit-learn', '1.2'),
     _same_in_both('torch_pruning', 'torch-pruning', '1.6'),
+    _same_in_both('onnx', 'onnx', '1.16'),
+    _same_in_both('onnxruntime', 'onnxruntime', '1.20'),
+    _same_in_both('onnxscript', 'onnxscript', '0.2'),
+    _same_in_both('safetensors', 'safetensors', '0.4'),
     _same_in_both('pytest', 'pytest', '7.4'),
     _same_in_both('hypothesis', 'hypothesis', '6.80'),
     _same_in_both('ruff', 'ruff', '0.17'),
@@ -52,13 +56,13 @@ NEEDS = {need.module: need for need in _NEEDS}
 MMCV_OPS = 'mmcv._ext'  # not a package: the compiled part of mmcv
 
 _DEMO = ['torch', 'torchvision', 'mmengine', 'mmcv', 'mmpretrain', 'numpy', 'matplotlib', 'sklearn']
-_DEMO += ['torch_pruning']
+_EXPORT = ['onnx', 'onnxruntime', 'onnxscript', 'safetensors']
 PARTS = {
     'lint': ['ruff'],
     'demo': _DEMO,
     'demo-seg': [*_DEMO, 'mmseg'],
     'demo-det': [*_DEMO, MMCV_OPS, 'mmdet'],
-    'test': [*_DEMO, MMCV_OPS, 'mmdet', 'mmseg', 'pytest', 'hypothesis'],
+    'test': [*_DEMO, MMCV_OPS, 'mmdet', 'mmseg', 'torch_pruning', *_EXPORT, 'pytest', 'hypothesis'],
 }
 
 

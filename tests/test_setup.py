@@ -32,6 +32,10 @@ FORKS = {
     'torch_pruning': ('torch-pruning', '1.6.1'),
     'pytest': '9.2.0',
     'hypothesis': '6.170.15',
+    'onnx': '1.23.2',
+    'onnxruntime': '1.32.0',
+    'onnxscript': '0.7.2',
+    'safetensors': '0.8.0',
 }
 ORIGINALS = {
     **FORKS,

@@ -1,4 +1,4 @@
-# Mask R-CNN with ResNet-18 on a folder with a few real COCO images: enough to see a full-size config
+# Mask R-CNN with ResNet-18 on a folder with a few real COCO images: enough to see a COCO config
 # train for real on two CPU cores, far too little to learn from. COCO_SMALL_ROOT names the folder:
 # train/, val/ and annotations/instances_{train,val}.json.
 _base_ = ['mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py']

@@ -1,4 +1,4 @@
-# Dense recipe: RetinaNet with ResNet-18 on BCCD at 256 pixels from random weights, for two CPU cores.
+# Dense recipe: RetinaNet with ResNet-18 on BCCD at 256 pixels from random weights, for two cores.
 # Nothing is frozen, since nothing is pretrained, and norms learn from the batch.
 _base_ = [
     'mmdet::_base_/models/retinanet_r50_fpn.py',
