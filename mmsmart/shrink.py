@@ -151,7 +151,7 @@ def read_structure(path: str | Path) -> dict[str, Any]:
         )
     try:
         structure = json.loads(path.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # no text, no JSON, or numbers without end
         raise ValueError(f'{path}: not JSON, or cut short ({error}).') from error
     if not isinstance(structure, dict) or structure.get('format') != _FORMAT:
         raise ValueError(f'{path}: format: expected {_FORMAT!r}; this is another kind of file.')
@@ -202,6 +202,11 @@ def shrink(model: nn.Module, structure: dict[str, Any], path: str | Path = 'stru
             )
         kept[name] = Kept(_checked(path, name, row, 'out', _outputs(module)),
                           _checked(path, name, row, 'in', _inputs(module)))  # fmt: skip
+        if is_grouped(module) and not _are_whole_groups(module, kept[name]):
+            raise ValueError(
+                f'{path}: layers.{name}: a convolution of {module.groups} groups loses whole '
+                'groups of output and input channels, and `out` and `in` are others.'
+            )
     cut_channels(model, kept)
 
 
@@ -216,6 +221,17 @@ def _checked(
             f'{path}: layers.{name}.{field}: channel {values[-1]}, but the layer has {count}.'
         )
     return torch.tensor(values)
+
+
+def _are_whole_groups(module: nn.Module, stay: Kept) -> bool:
+    if stay.out is None or stay.in_ is None:
+        return stay.out is stay.in_
+    outputs, inputs = module.out_channels // module.groups, module.in_channels // module.groups
+    groups = torch.unique(stay.in_ // inputs)
+    return all(
+        torch.equal(mine, (groups[:, None] * width + torch.arange(width)).flatten())
+        for mine, width in ((stay.out, outputs), (stay.in_, inputs))
+    )
 
 
 def _is_index(value: Any) -> bool:

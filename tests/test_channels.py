@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -389,8 +389,8 @@ def test_channels_are_tied_as_the_network_ties_them(name):
 def test_finding_channels_leaves_the_model_as_it_was(training):
     net = telling(Net(chain, **three(d=frozen(conv(3, 3))))).train(training)
     net.b.eval()
-    net.a.weight.grad = torch.ones_like(net.a.weight)
     before = copy.deepcopy(net)
+    net.a.weight.grad = torch.ones_like(net.a.weight)
     random = torch.get_rng_state()
     find_channels(net, forward)
     assert torch.equal(torch.get_rng_state(), random)
@@ -399,7 +399,8 @@ def test_finding_channels_leaves_the_model_as_it_was(training):
     assert all(torch.equal(net.state_dict()[k], v) for k, v in before.state_dict().items())
     for mine, old in zip(net.parameters(), before.parameters(), strict=True):
         assert mine.requires_grad == old.requires_grad
-        assert (mine.grad is None) == (old.grad is None)
+        assert mine is net.a.weight or mine.grad is None
+    assert torch.equal(net.a.weight.grad, torch.ones_like(net.a.weight))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
 
 
@@ -453,12 +454,15 @@ def test_the_last_rule_that_matches_counts():
     _, groups, excluded = find_channels(Net(chain, **three()), forward, rules)
     assert [group.name for group in groups] == ['b']
     assert {item.name: item.reason for item in excluded} == {
-        'a': 'excluded by a rule of `layers`', 'c': 'excluded by a rule of `layers`'
-    }  # fmt: skip
+        'a': 'excluded by a rule of `layers`',
+        'c': OUTPUT,
+    }
 
 
 def test_no_rule_can_cut_the_outputs_of_the_model():
-    _, _, excluded = find_channels(Net(chain, **three()), forward, [dict(pattern='c')])
+    _, _, excluded = find_channels(
+        Net(chain, **three()), forward, [dict(pattern='c', exclude=False)]
+    )
     assert ('c', OUTPUT) in [(item.name, item.reason) for item in excluded]
 
 
@@ -560,17 +564,23 @@ def networks(draw):
         else:
             add(kind, [at], inputs, nn.Conv2d(inputs, inputs, 1))
     ends = []
-    for i in {len(widths) - 1, draw(st.integers(1, len(widths) - 1))}:
+    # What leads nowhere is in no graph, and would keep what feeds it whole.
+    for i in set(range(1, len(widths))) - {i for _, taken, _ in steps for i in taken}:
         layers[f'end{i}'] = conv(widths[i], 2)
         ends.append((i, f'end{i}'))
     return Wired(steps, layers, ends)
 
 
-@settings(max_examples=60)
+# Without shrinking, which takes minutes: the networks are small enough to be read.
+@settings(max_examples=60, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(networks(), st.integers(0, 2**16))
 def test_any_network_is_cut_as_it_is_zeroed(net, seed):
     net = telling(net)
-    layers, groups, excluded = find_channels(net, forward)
+    try:
+        layers, groups, excluded = find_channels(net, forward)
+    except ValueError as error:  # groups of one layer can tie all channels into a single unit
+        assert 'finds nothing to cut' in str(error) and CHANGED not in str(error)
+        assume(False)
     assert_cut_is_zeroed(net, layers, groups, random_mask(groups, seed))
     assert_cut_is_zeroed(net, layers, groups, random_mask(groups, seed + 1))
     # The rules know all of these pieces: nothing is left whole to be on the safe side.
