@@ -3,8 +3,8 @@
     python benchmarks/cut_by_magnitude.py CONFIG work_dirs/cut --sparsity 0.5 --round-to 8
     python tools/benchmark.py CONFIG work_dirs/cut/pruned.pth work_dirs/cut/shrunk.pth --onnx
 
-Writes `pruned.pth`, `shrunk.pth` and `structure.json`, with the channels of largest mean weight kept
-under a budget of MACs.
+Writes `pruned.pth`, `shrunk.pth` and `structure.json`, with the channels of largest mean weight
+kept under a budget of MACs.
 """
 
 from __future__ import annotations
