@@ -7,11 +7,13 @@
 # docs/configuration.md says what each key does.
 runner_type = 'mmsmart.SmartRunner'
 smart = dict(
-    # share of the prunable weights to remove, in [0, 1)
+    # share of the prunable resource to remove, in [0, 1)
     sparsity=0.5,
-    # (out, in, kh, kw); -1 is the whole axis
+    # (out, in, kh, kw), -1 is the whole axis; or 'channel', coupled channels that can be cut out
     block=(16, 8, 1, 1),
-    # what the budget counts
+    # with 'channel': channels left in each group are a multiple of it
+    round_to=1,
+    # what the budget counts: 'params' or 'macs'
     resource='params',
     # 'smart', or 'magnitude' for one-shot magnitude pruning
     method='smart',

@@ -43,7 +43,7 @@ WRONG = {
     'sparsity that leaves no block': (dict(sparsity=0.99999), ['sparsity', 'smallest block']),
     'block with a zero': (dict(block=(4, 0, 1, 1)), ['block', 'at least 1', '-1']),
     'block above every layer': (dict(block=(4096, 4, 1, 1)), ['block', '4096', 'larger']),
-    'block as a word': (dict(block='channels'), ['block', "'channel'", '(16, 8, 1, 1)']),
+    'block as a word': (dict(block='channels'), ['smart.block', "'channels'", "'channel'"]),
     'pattern without a match': (
         dict(layers=[dict(pattern='bakbone', exclude=True)]),
         ['layers', "'bakbone'", 'backbone'],
