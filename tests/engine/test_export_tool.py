@@ -121,6 +121,55 @@ def test_a_shrunk_checkpoint_without_its_structure_is_refused(run):
     assert 'conv1.weight is (6, 8, 3, 3)' in refused(run, 'shrunk.pth', '--to', 'onnx')
 
 
+def silenced(run):
+    """pruned.pth whose first two channels between two convolutions are zero, with its structure."""
+    shrunk(run)
+    model = load_model(read_config(run / 'config.py'), run / 'pruned.pth')
+    first = model.backbone.layer1[0]
+    for tensor in (first.conv1.weight, first.bn1.weight, first.bn1.bias):
+        tensor.data[:2] = 0
+    save_plain_checkpoint(model, run / 'pruned.pth')
+    return model
+
+
+def test_a_shrunk_export_is_smaller_and_gives_the_same_scores(run):
+    masked = silenced(run)
+    export(run, 'pruned.pth', '--to', 'shrunk', '--out', str(run / 'new/small.pth'))
+    config = read_config(run / 'new/small.py')
+    assert 'smart' not in config and 'runner_type' not in config
+    small = load_model(config, config.load_from)
+    assert small.backbone.layer1[0].conv1.weight.shape[0] == 6
+    images = example_input(config)
+    ours, theirs = RawForward(small)(images)[0], RawForward(masked.eval())(images)[0]
+    assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_a_shrunk_folder_can_be_moved_and_exported_again(run):
+    silenced(run)
+    export(run, 'pruned.pth', '--to', 'shrunk', '--out', str(run / 'new/small.pth'))
+    (run / 'new').rename(run / 'moved')
+    arguments = ['tools/export.py', str(run / 'moved/small.py'), str(run / 'moved/small.pth')]
+    run_tool(REPO / arguments[0], *arguments[1:], '--to', 'checkpoint', '--out', str(run / 'x.pth'))
+    again = torch.load(run / 'x.pth', weights_only=True)['state_dict']
+    assert again['backbone.layer1.0.conv1.weight'].shape[0] == 6
+
+
+def test_channels_that_are_not_silent_are_not_cut(run):
+    shrunk(run)
+    model = load_model(read_config(run / 'config.py'), run / 'pruned.pth')
+    first = model.backbone.layer1[0]
+    for tensor in (first.conv1.weight, first.bn1.weight, first.conv2.weight):
+        torch.nn.init.normal_(tensor)
+    save_plain_checkpoint(model, run / 'pruned.pth')
+    message = refused(run, 'pruned.pth', '--to', 'shrunk', '--out', str(run / 'small.pth'))
+    assert 'differ from the model' in message
+
+
+def test_a_shrunk_export_needs_a_structure(run):
+    message = refused(run, 'pruned.pth', '--to', 'shrunk', '--out', str(run / 'small.pth'))
+    assert 'structure.json' in message and 'no such file' in message
+
+
 # Graphs
 
 
