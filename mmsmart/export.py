@@ -33,7 +33,7 @@ def save_plain_checkpoint(
         path: The file to write.
         meta: Further entries, such as `dataset_meta`; arrays in it become lists.
     """
-    state = {key: value.detach().cpu() for key, value in _stock_state(model).items()}
+    state = {key: value.detach().cpu() for key, value in stock_state(model).items()}
     with complete_or_absent(path) as temporary:
         torch.save({'state_dict': state, 'meta': plain(meta or {})}, temporary)
 
@@ -181,7 +181,7 @@ def _require(*packages: str) -> None:
         )
 
 
-def _stock_state(model: nn.Module) -> dict[str, Tensor]:
+def stock_state(model: nn.Module) -> dict[str, Tensor]:
     """The state dict without second names that the model gave to its tensors while it ran."""
     state, masks = model.state_dict(), masks_of(model)
     if masks is None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmsmart.export import _stock_state, complete_or_absent, plain
+from mmsmart.export import complete_or_absent, plain, stock_state
 from mmsmart.functional import block_grid
 from mmsmart.masking import masks_of
 
@@ -121,7 +121,7 @@ def save_packed_model(
         }
         for layer in masks.layers
     ]
-    save_packed(_stock_state(model), rows, path, meta)
+    save_packed(stock_state(model), rows, path, meta)
 
 
 def load_packed(path: str | Path, max_bytes: int | None = None) -> dict[str, Tensor]:

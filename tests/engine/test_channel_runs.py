@@ -212,6 +212,9 @@ def test_a_shrunk_model_loads_no_dense_weights_of_its_backbone(run):
     built.init_weights()
     state = torch.load(run / 'shrunk.pth', weights_only=True)['state_dict']
     built.load_state_dict(state, strict=True)
+    weights = built.state_dict()
+    assert weights.keys() == state.keys()
+    assert all(torch.equal(weights[key], state[key]) for key in state)
 
 
 @pytest.mark.parametrize(
