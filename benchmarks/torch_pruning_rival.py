@@ -20,7 +20,7 @@ from mmengine.optim import OptimWrapper
 from mmengine.registry import HOOKS, OPTIM_WRAPPERS
 from mmengine.runner import Runner
 
-from mmsmart.budget import count_macs, count_positions
+from mmsmart.cost import count_macs, count_positions
 from mmsmart.engine.calibration import evaluating
 from mmsmart.engine.raw_forward import RawForward
 from mmsmart.engine.stock_tools import enable_inheritance

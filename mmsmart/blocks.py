@@ -10,8 +10,9 @@ straddle two groups.
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,6 +33,20 @@ _DEFORMABLE = ('DeformConv2d', 'ModulatedDeformConv2d')
 _STANDARDISED = ('ConvWS2d', 'ConvAWS2d', 'StdConv2d', 'StdConv2dSame', 'ScaledStdConv2d')
 _PARAMETRISED = 'the weight is computed from other parameters (a parametrization)'
 
+_SHAPE = re.compile(r'(?:\*|[1-9][0-9]*)(?:x(?:\*|[1-9][0-9]*)){1,4}')
+_N_OF_M = re.compile(r'([0-9]+):([0-9]+)')
+
+
+@dataclass(frozen=True)
+class NOfM:
+    """At most `n` of every `m` weights that stand side by side along the input axis are kept."""
+
+    n: int
+    m: int
+
+
+Block = tuple[int, ...] | NOfM
+
 
 @dataclass(frozen=True)
 class BlockLayer:
@@ -45,12 +60,14 @@ class BlockLayer:
         module: The layer, which owns the parameter `weight`.
         view_shape: Shape in which the weight is cut.
         block: Block on the axes of `view_shape`, every entry between 1 and the axis' length.
+        n_of_m: (N, M) if every M single weights along the input axis keep at most N.
     """
 
     name: str
     module: nn.Module
     view_shape: tuple[int, ...]
     block: tuple[int, ...]
+    n_of_m: tuple[int, int] | None = None
 
     @property
     def weight(self) -> nn.Parameter:
@@ -114,7 +131,7 @@ class Excluded:
 
 def find_layers(
     model: nn.Module,
-    block: Sequence[int] = (16, 8, 1, 1),
+    block: Sequence[int] | str = (16, 8, 1, 1),
     overrides: Sequence[dict[str, Any]] = (),
 ) -> tuple[list[BlockLayer], list[Excluded]]:
     """Every weight of two or more axes is either cut into blocks or excluded with a reason.
@@ -124,10 +141,10 @@ def find_layers(
     Args:
         model: Any module. Nothing in it is changed.
         block: `(out, in, kh, kw)`; -1 is the whole axis. A layer with fewer kernel axes drops the
-            last entries, one with more repeats the last.
-        overrides: Rules by name, `dict(pattern=..., block=..., exclude=...)`, later rules win.
-            A pattern is a shell pattern over the layer's name (`'head.*'`); without a wildcard it
-            also matches everything below that name (`'backbone.layer1'`).
+            last entries, one with more repeats the last. Or a string; see :func:`read_block`.
+        overrides: Rules by name, `dict(pattern=..., block=..., min_density=..., exclude=...)`,
+            later rules win. A pattern is a shell pattern over the layer's name (`'head.*'`);
+            without a wildcard it also matches everything below that name (`'backbone.layer1'`).
 
     Returns:
         The layers in the order of `model.named_modules()`, and what was left out.
@@ -142,12 +159,12 @@ def find_layers(
         >>> layers[0].name, layers[0].block, layers[0].num_blocks
         ('0', (16, 8, 1, 1), 36)
     """
-    block = _checked_block('block', block)
+    block = read_block('block', block)
     rules = [checked_rule(index, rule) for index, rule in enumerate(overrides)]
     matched = [False] * len(rules)
     layers: list[BlockLayer] = []
     excluded: list[Excluded] = []
-    cut_by: dict[tuple[int, ...], list[BlockLayer]] = {}
+    cut_by: dict[Block, list[BlockLayer]] = {}
     owners: dict[int, str] = {}
     for name, module in model.named_modules():
         layer_block, exclude = block, False
@@ -183,7 +200,8 @@ def find_layers(
             'Loosen the rules of `layers`, or unfreeze the layers to be pruned.'
         )
     for wanted, users in cut_by.items():
-        _check_size(wanted, users)
+        if not isinstance(wanted, NOfM):
+            _check_size(wanted, users)
     return layers, excluded
 
 
@@ -196,8 +214,35 @@ def _derives_from(module: nn.Module, names: Sequence[str]) -> bool:
     return any(base.__name__ in names for base in type(module).__mro__)
 
 
-def _checked_block(key: str, block: Sequence[int]) -> tuple[int, ...]:
-    if isinstance(block, str) or not isinstance(block, Sequence) or len(block) < 2:
+def read_block(key: str, block: Sequence[int] | str) -> Block:
+    """A block as it is written in a config: its shape, or N of M.
+
+    Args:
+        key: Config key, for messages.
+        block: `(out, in, kh, kw)`; or a string: '16x8' is (16, 8, 1, 1), '16x8x*x*' is
+            (16, 8, -1, -1), whole kernels; '2:4' keeps at most 2 of every 4 single weights along
+            the input axis.
+
+    Raises:
+        ValueError: For anything else.
+
+    Example:
+        >>> read_block('block', '1x16'), read_block('block', '2:4')
+        ((1, 16, 1, 1), NOfM(n=2, m=4))
+    """
+    if isinstance(block, str):
+        shape, pattern = _SHAPE.fullmatch(block), _N_OF_M.fullmatch(block)
+        if pattern and 0 < int(pattern[1]) < int(pattern[2]):
+            return NOfM(int(pattern[1]), int(pattern[2]))
+        if not shape:
+            raise ValueError(
+                f"{key}: got {block!r}, allowed are (out, in, kh, kw), 'OUTxIN' such as '16x8', "
+                "'OUTxINxKHxKW' with * for a whole axis, 'N:M' with N below M such as '2:4', and "
+                "'channel' for the whole network."
+            )
+        entries = [-1 if entry == '*' else int(entry) for entry in block.split('x')]
+        block = (*entries, 1, 1) if len(entries) == 2 else tuple(entries)
+    if not isinstance(block, Sequence) or len(block) < 2:
         raise ValueError(
             f'{key}: expected (out, in, kh, kw), for example (16, 8, 1, 1), got {block!r}.'
         )
@@ -212,16 +257,35 @@ def _checked_block(key: str, block: Sequence[int]) -> tuple[int, ...]:
 
 def checked_rule(index: int, rule: dict[str, Any]) -> dict[str, Any]:
     """The rule, once its keys and values are known to be right."""
-    allowed = {'pattern', 'block', 'exclude'}
+    allowed = {'pattern', 'block', 'min_density', 'exclude'}
     unknown = set(rule) - allowed
     if unknown or 'pattern' not in rule or len(rule) < 2:
         raise ValueError(
-            f'layers[{index}]: expected `pattern` and at least one of `block` and `exclude`, got '
-            f'the keys {sorted(rule)}.'
+            f'layers[{index}]: expected `pattern` and at least one of `block`, `min_density` and '
+            f'`exclude`, got the keys {sorted(rule)}.'
         )
     if 'block' in rule:
-        rule = {**rule, 'block': _checked_block(f'layers[{index}].block', rule['block'])}
+        rule = {**rule, 'block': read_block(f'layers[{index}].block', rule['block'])}
+    density = rule.get('min_density', 0)
+    if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0 <= density <= 1:
+        raise ValueError(
+            f'layers[{index}].min_density: expected a share of the weights in [0, 1], got '
+            f'{density!r}. 0 allows a layer to be cut off whole.'
+        )
     return rule
+
+
+def least_densities(
+    names: Sequence[str], overrides: Sequence[dict[str, Any]]
+) -> dict[str, float | None]:
+    """`min_density` of each layer by the rules of `layers`; None where no rule says one."""
+    densities: dict[str, float | None] = dict.fromkeys(names)
+    for index, rule in enumerate(overrides):
+        rule = checked_rule(index, rule)
+        if 'min_density' in rule:
+            found = [name for name in names if matches(rule['pattern'], name)]
+            densities.update(dict.fromkeys(found, rule['min_density']))
+    return densities
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -284,8 +348,10 @@ def _written_shape(layer: BlockLayer) -> tuple[int, ...]:
     return (second, first, *kernel) if swapped else (first, second, *kernel)
 
 
-def cut_layer(name: str, module: nn.Module, block: Sequence[int]) -> BlockLayer:
-    """The weight of one layer in blocks `(out, in, kh, kw)`, clipped to its size."""
+def cut_layer(name: str, module: nn.Module, block: Block) -> BlockLayer:
+    """The weight of one layer in blocks `(out, in, kh, kw)`, clipped to its size, or N of M."""
+    if isinstance(block, NOfM):
+        return replace(cut_layer(name, module, (1, 1, 1)), n_of_m=(block.n, block.m))
     view_shape = _view_shape(module)
     clipped = tuple(
         size if wanted == -1 else min(wanted, size)

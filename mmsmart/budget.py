@@ -1,94 +1,115 @@
-"""What blocks cost, and how much of it may be kept.
-
-One multiply-accumulate counts as one MAC. A weight is used once at every position of the layer's
-output (of its input, for a transposed convolution), so a block costs its number of weights times
-the positions at which the layer runs, summed over all its uses in one forward pass of one image.
-"""
+"""Budgets: how much of a resource which part of the network may keep."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mmsmart.blocks import TRANSPOSED, BlockLayer, is_layer
-from mmsmart.channels import ChannelGroup, ChannelLayer
-from mmsmart.functional import CoupledCost
-from mmsmart.shrink import is_grouped
+from mmsmart.functional import Cost, Limit
 
-
-def block_cost(layers: Sequence[BlockLayer], positions: dict[str, int] | None = None) -> Tensor:
-    """What every block of the network costs, float64 `(num_blocks,)`.
-
-    Args:
-        layers: The layers, in the order of their blocks.
-        positions: Uses of each layer's weights in one forward pass, by name (see
-            :func:`count_positions`): the cost is then in MACs. None counts weights.
-    """
-    return torch.cat(
-        [layer.sizes() * _uses(positions, layer.name) for layer in layers] or [torch.zeros(0)]
-    ).double()
+RESOURCES = ('params', 'macs', 'latency')
 
 
-def coupled_cost(
-    layers: Sequence[ChannelLayer],
-    groups: Sequence[ChannelGroup],
-    positions: dict[str, int] | None = None,
-) -> CoupledCost:
-    """What a network costs by the channels it keeps: weights, biases and norms, or MACs.
+@dataclass(frozen=True)
+class Target:
+    """How much of a resource to remove from a part of the network.
 
     Args:
-        layers: All layers that lose channels.
-        groups: The groups of units.
-        positions: As for :func:`block_cost`; biases and norms cost no MACs.
+        part: Pattern over layer names; '' is the whole network.
+        resource: 'params', 'macs' or 'latency'.
+        sparsity: Share to remove, in [0, 1).
     """
-    num_units = sum(len(group.units) for group in groups)
-    group_of = torch.empty(num_units, dtype=torch.long)
-    for index, group in enumerate(groups):
-        group_of[list(group.units)] = index
-    size = torch.tensor([len(group.units) for group in groups], dtype=torch.float64)
 
-    def places(units: Tensor) -> Tensor:
-        """Channels that one unit of each group has among these."""
-        found = torch.bincount(group_of[units[units >= 0]], minlength=len(groups))
-        return found / size
+    part: str
+    resource: str
+    sparsity: float
 
-    linear = torch.zeros(len(groups), dtype=torch.float64)
-    constant, rows = 0.0, []
-    for layer in layers:
-        uses, vectors = _uses(positions, layer.name), int(layer.module.bias is not None)
-        stays = int((layer.out < 0).sum())
-        if layer.in_ is None:
-            vectors += 1
-        elif is_grouped(layer.module):  # its weights leave with its groups
-            each = layer.module.weight.numel() // len(layer.out) * uses
-            linear += each * places(layer.out)
-            constant += each * stays
-        else:
-            kernel = layer.module.weight[0, 0].numel() * uses
-            rest = int((layer.in_ < 0).sum())
-            rows.append((kernel, places(layer.out), places(layer.in_), stays, rest))
-        if positions is None:
-            linear += vectors * places(layer.out)
-            constant += vectors * stays
-    kernel, out, in_, out_rest, in_rest = zip(*rows)
-    return CoupledCost(
-        group=group_of,
-        unit=torch.tensor(kernel, dtype=torch.float64),
-        out=torch.stack(out).double(),
-        in_=torch.stack(in_).double(),
-        out_rest=torch.tensor(out_rest, dtype=torch.float64),
-        in_rest=torch.tensor(in_rest, dtype=torch.float64),
-        linear=linear,
-        constant=constant,
+
+def read_targets(sparsity: float | dict[str, Any], resource: str = 'params') -> list[Target]:
+    """`smart.sparsity` as a list of targets: a number, or a dict by resource, by part, or by both.
+
+    Args:
+        sparsity: 0.8; `dict(params=0.6, macs=0.5)`, which both have to hold;
+            `dict(backbone=0.8, neck=0.6)`, each met by itself; or, for a part,
+            `dict(backbone=dict(params=0.6, macs=0.5))`.
+        resource: What a plain number counts.
+
+    Raises:
+        ValueError: For anything else, or a number outside [0, 1).
+
+    Example:
+        >>> read_targets({'backbone': 0.8, 'neck': {'macs': 0.5}})[1]
+        Target(part='neck', resource='macs', sparsity=0.5)
+    """
+    if resource not in RESOURCES:
+        raise ValueError(f'resource: got {resource!r}, allowed are {RESOURCES}.')
+    if not isinstance(sparsity, dict):
+        check_sparsity(sparsity)
+        return [Target('', resource, sparsity)]
+    named = [key for key in sparsity if key in RESOURCES]
+    if not sparsity or (named and len(named) < len(sparsity)):
+        raise ValueError(
+            f'sparsity: expected keys that are all resources {RESOURCES} or all parts of the '
+            f'model, got {list(sparsity)}. For a part, write dict(backbone=dict(params=0.6, '
+            'macs=0.5)).'
+        )
+    if named:
+        return [replace(target, part='') for target in _of_part('', sparsity, resource)]
+    return [t for part, wanted in sparsity.items() for t in _of_part(part, wanted, resource)]
+
+
+def _of_part(part: str, wanted: Any, resource: str) -> list[Target]:
+    if not isinstance(part, str) or (isinstance(wanted, dict) and not wanted):
+        raise ValueError(
+            f'sparsity: expected part = number, or part = dict by resource, got {part!r}: {wanted}.'
+        )
+    if not isinstance(wanted, dict):
+        wanted = {resource: wanted}
+    for key, share in wanted.items():
+        if key not in RESOURCES:
+            raise ValueError(f'sparsity[{part!r}]: unknown key {key!r}; allowed are {RESOURCES}.')
+        try:
+            check_sparsity(share)
+        except ValueError as error:
+            raise ValueError(f'{error} (in sparsity[{part or key!r}])') from error
+    return [Target(part, key, share) for key, share in wanted.items()]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a part of the network may spend of a resource.
+
+    Args:
+        target: What was asked for.
+        cost: What a mask over the part's blocks spends.
+        total: What it spends dense.
+        amount: What may be kept of it.
+        unit: What that is counted in.
+    """
+
+    target: Target
+    cost: Cost
+    total: float
+    amount: float
+    unit: str
+
+    @property
+    def limit(self) -> Limit:
+        return Limit(self.cost, self.amount)
+
+    def to(self, device: torch.device) -> Budget:
+        return replace(self, cost=self.cost.to(device))
+
+
+def make_budget(target: Target, cost: Cost, total: float, unit: str) -> Budget:
+    """The budget of a target: its share of the total."""
+    return Budget(
+        target, cost, total, budget_for(torch.tensor(total).double(), target.sparsity), unit
     )
-
-
-def _uses(positions: dict[str, int] | None, name: str) -> int:
-    return 1 if positions is None else positions.get(name, 0)
 
 
 def check_sparsity(sparsity: float) -> None:
@@ -118,45 +139,3 @@ def budget_for(cost: Tensor, sparsity: float) -> float:
     """
     check_sparsity(sparsity)
     return float(Decimal(float(cost.sum())) * (1 - Decimal(repr(float(sparsity)))))
-
-
-def count_positions(model: nn.Module, forward: Callable[[], Any]) -> dict[str, int]:
-    """Number of positions at which each layer's weights are used in `forward`.
-
-    Args:
-        model: The model whose convolutions and linear layers are watched.
-        forward: Runs the model once, on one image.
-
-    Returns:
-        Positions by layer name; a layer that was not run has 0.
-
-    Example:
-        >>> net = nn.Conv2d(3, 4, 3)
-        >>> count_positions(net, lambda: net(torch.zeros(1, 3, 8, 8)))
-        {'': 36}
-    """
-    names = {m: n for n, m in model.named_modules() if is_layer(m)}
-    positions = dict.fromkeys(names.values(), 0)
-
-    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if isinstance(module, nn.Linear):
-            used = output.numel() // module.out_features
-        elif isinstance(module, TRANSPOSED):
-            used = inputs[0].numel() // module.in_channels
-        else:
-            used = output.numel() // module.out_channels
-        positions[names[module]] += used
-
-    handles = [module.register_forward_hook(count) for module in names]
-    try:
-        forward()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return positions
-
-
-def count_macs(model: nn.Module, positions: dict[str, int]) -> int:
-    """MACs of all convolutions and linear layers of the model, pruned or not, for one image."""
-    modules = dict(model.named_modules())
-    return sum(modules[name].weight.numel() * used for name, used in positions.items())

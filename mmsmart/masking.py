@@ -23,42 +23,51 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import astuple
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mmsmart.blocks import BlockLayer, Excluded, find_layers
-from mmsmart.budget import check_sparsity
+from mmsmart.blocks import BlockLayer, Excluded, find_layers, least_densities
+from mmsmart.budget import Budget, read_targets
 from mmsmart.channels import find_channels
 from mmsmart.dependency import Forward
-from mmsmart.functional import soft_mask, soft_topk_vjp
-from mmsmart.plans import BlockPlan, ChannelPlan
+from mmsmart.latency import LatencyTable
+from mmsmart.plans import ChannelPlan, Plan, plan_blocks
 
 _ATTRIBUTE = 'block_masks'
 
 
 def install_masks(
     model: nn.Module,
-    sparsity: float = 0.5,
+    sparsity: float | dict[str, Any] = 0.5,
     block: Sequence[int] | str = (16, 8, 1, 1),
     layers: Sequence[dict[str, Any]] = (),
     positions: dict[str, int] | None = None,
     forward: Forward | None = None,
     round_to: int = 1,
+    resource: str | None = None,
+    latency: LatencyTable | None = None,
 ) -> BlockMasks:
     """Give a model masks over its blocks; its weights stay as they are until the search begins.
 
     Args:
         model: Any module with convolutions or linear layers.
-        sparsity: Share of the prunable weights to remove, in [0, 1).
-        block: `(out, in, kh, kw)`, -1 for a whole axis; see :func:`mmsmart.blocks.find_layers`. Or
-            'channel': coupled output channels, see :func:`mmsmart.channels.find_channels`.
-        layers: Overrides by name pattern; see :func:`mmsmart.blocks.find_layers`.
-        positions: Uses of each layer's weights by name, as `mmsmart.budget.count_positions` gives
-            them: the budget then counts MACs. None counts parameters.
+        sparsity: Share of the resource to remove, in [0, 1); or a dict by resource, or by part of
+            the model; see :func:`mmsmart.budget.read_targets`.
+        block: `(out, in, kh, kw)`, -1 for a whole axis, or a string such as '16x8' or '2:4'; see
+            :func:`mmsmart.blocks.read_block`. Or 'channel': coupled output channels, see
+            :func:`mmsmart.channels.find_channels`.
+        layers: Overrides by name pattern; see :func:`mmsmart.blocks.find_layers`. Without a
+            `min_density` a layer keeps one block at least.
+        positions: Uses of each layer's weights by name, as `mmsmart.cost.count_positions` gives
+            them, for budgets of MACs.
         forward: For 'channel': runs a model like this one on one image and gives all its outputs.
         round_to: For 'channel': channels left in each group are a multiple of it, or all.
+        resource: What a plain `sparsity` counts: 'params', 'macs' or 'latency'. If not given, MACs
+            where there are positions, else parameters.
+        latency: Latencies of the layers, for budgets of latency.
 
     Raises:
         ValueError: If the model has masks already, nothing can be pruned, or an argument is out of
@@ -84,17 +93,24 @@ def install_masks(
             f'{type(model).__name__} has block masks already. Remove them with '
             '`mmsmart.remove_masks(model)` before new ones are installed.'
         )
-    check_sparsity(sparsity)
+    targets = read_targets(sparsity, resource or ('params' if positions is None else 'macs'))
+    for name, needed in (('macs', positions), ('latency', latency)):
+        if needed is None and any(target.resource == name for target in targets):
+            what = 'positions' if name == 'macs' else 'latency'
+            raise ValueError(f'{what}: a budget of {name} needs it, got None.')
     if block == 'channel':
         if forward is None:
             raise ValueError("forward: block='channel' needs a forward pass to follow, got None.")
-        plan = ChannelPlan(
-            *find_channels(model, forward, layers), sparsity, positions, _checked(round_to)
-        )
+        found = find_channels(model, forward, layers)
+        least = least_densities([layer.name for layer in found[0]], layers)
+        plan = ChannelPlan(*found, targets, positions, latency, least, _checked(round_to))
     else:
-        plan = BlockPlan(*find_layers(model, block, layers), sparsity, positions)
+        found = find_layers(model, block, layers)
+        least = least_densities([layer.name for layer in found[0]], layers)
+        plan = plan_blocks(*found, targets, positions, latency, least)
     masks = BlockMasks(plan)
     masks.stock_keys = frozenset(model.state_dict())
+    masks.positions, masks.latency = positions, latency
     setattr(model, _ATTRIBUTE, masks)
     return masks
 
@@ -135,15 +151,19 @@ class BlockMasks:
         state: 'dense', 'soft' or 'hard'.
         temperature: τ of the soft mask that is in the weights now.
         stock_keys: Keys of the model's state dict when the masks were installed.
+        positions: Uses of each layer's weights by name, if MACs are budgeted.
+        latency: Latencies of the layers, if there is a table.
     """
 
-    def __init__(self, plan: BlockPlan | ChannelPlan) -> None:
+    def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.importance = nn.Parameter(torch.zeros(plan.num_blocks))
         self.state = 'dense'
         self.temperature: float | None = None
         self.stock_keys: frozenset[str] = frozenset()
-        self._threshold: Tensor | None = None
+        self.positions: dict[str, int] | None = None
+        self.latency: LatencyTable | None = None
+        self._thresholds: Tensor | list[Tensor] | None = None
         self._latent: list[Tensor] = []  # soft only: w, while the parameters hold w * f
         self._first: Tensor | None = None  # hard mask of the first importance
         self._kept: Tensor | None = None  # hard only: the mask, bool
@@ -161,19 +181,41 @@ class BlockMasks:
         return self.plan.excluded
 
     @property
+    def budgets(self) -> list[Budget]:
+        """What may be kept, by part and resource."""
+        return self.plan.budgets
+
+    @property
+    def resource(self) -> str:
+        """What :attr:`budget` and its like count: that of the first of :attr:`budgets`."""
+        return self.budgets[0].target.resource
+
+    @property
+    def unit(self) -> str:
+        """What that is counted in."""
+        return self.budgets[0].unit
+
+    @property
     def sparsity(self) -> float:
         """Target share of the cost to remove."""
-        return self.plan.sparsity
+        if len(self._main) == 1:
+            return self.budgets[0].target.sparsity
+        return 1 - self.budget / self.total_cost
 
     @property
     def budget(self) -> float:
-        """Cost that may be kept."""
-        return self.plan.budget
+        """Cost that may be kept, over all parts."""
+        return sum(self.budgets[i].amount for i in self._main)
 
     @property
     def total_cost(self) -> float:
-        """Cost of all that is prunable."""
-        return self.plan.total
+        """Cost of all that is prunable, over all parts."""
+        return sum(self.budgets[i].total for i in self._main)
+
+    @property
+    def _main(self) -> list[int]:
+        """The budgets of all parts in :attr:`resource`."""
+        return [i for i, x in enumerate(self.budgets) if x.target.resource == self.resource]
 
     @property
     def num_blocks(self) -> int:
@@ -250,7 +292,7 @@ class BlockMasks:
         self._fix(self.hard_mask().bool())
         for weight, latent in zip(self.plan.weights, self._latent):
             weight.data.copy_(latent)
-        self._latent, self._threshold, self.temperature = [], None, None
+        self._latent, self._thresholds, self.temperature = [], None, None
         self.importance.grad = None
         self.state = 'hard'
         self.zero_pruned()
@@ -261,7 +303,8 @@ class BlockMasks:
             return torch.ones_like(self.importance.data)
         if self.state == 'hard':
             return self._kept.float()
-        return soft_mask(self.importance.detach(), self._threshold, self.temperature)
+        importance = self.importance.detach()
+        return self.plan.soft_mask(importance, self._thresholds, self.temperature)
 
     def hard_mask(self) -> Tensor:
         """The mask that :meth:`harden` would set now, 0 or 1, float32 `(num_blocks,)`."""
@@ -285,15 +328,33 @@ class BlockMasks:
 
     def kept_cost(self) -> float:
         """Cost of the blocks that :meth:`hard_mask` keeps."""
-        return self.plan.spent(self.hard_mask())
+        spent = self.plan.spent(self.hard_mask())
+        return sum(spent[i] for i in self._main)
 
     def next_block_cost(self) -> float:
-        """Cost of the most important pruned block: it is more than what is left of the budget."""
+        """Cost of the most important pruned block: it is more than what is left of the budget.
+
+        The largest over all parts.
+        """
+        following = self.next_block_costs()
+        return max(following[i] for i in self._main)
+
+    def kept_costs(self) -> list[float]:
+        """What :meth:`hard_mask` spends of each of :attr:`budgets`."""
+        return self.plan.spent(self.hard_mask())
+
+    def next_block_costs(self) -> list[float]:
+        """What the most important pruned block of each part would add to each of them."""
         return self.plan.next_cost(self.importance.detach(), self.hard_mask())
+
+    def at_floor(self) -> set[str]:
+        """Names of the layers (of coupled channels, groups) that keep just what they must."""
+        return self.plan.at_floor(self.importance.detach(), self.hard_mask())
 
     def soft_sparsity(self) -> float:
         """Share of the cost that the present mask removes."""
-        return 1 - self.plan.spent(self.mask()) / self.total_cost
+        spent = self.plan.spent(self.mask())
+        return 1 - sum(spent[i] for i in self._main) / self.total_cost
 
     def undecided(self, margin: float = 0.05) -> float:
         """Share of blocks whose mask is neither within `margin` of 0 nor of 1."""
@@ -311,10 +372,10 @@ class BlockMasks:
         return {
             'state': self.state,
             'layers': self.plan.description(),
-            'budget': self.budget,
+            'budgets': [[*astuple(x.target), x.amount] for x in self.budgets],
             'importance': self.importance.detach().clone(),
             'temperature': self.temperature,
-            'threshold': self._threshold,
+            'thresholds': self._thresholds,
             'latent': [weight.clone() for weight in self._latent],
             'first': self._first,
             'kept': self._kept,
@@ -327,7 +388,9 @@ class BlockMasks:
             ValueError: If it was taken from other layers, blocks or another budget.
         """
         self._expect('dense', 'load masks')
-        for key, mine in (('layers', self.plan.description()), ('budget', self.budget)):
+        own = self.state_dict()
+        for key in ('layers', 'budgets'):
+            mine = own[key]
             if state[key] != mine:
                 raise ValueError(
                     f'masks: the checkpoint was made with other {key} than this model has '
@@ -336,14 +399,16 @@ class BlockMasks:
                 )
         self._follow_model()
 
-        def here(tensor: Tensor | None) -> Tensor | None:
+        def here(tensor: Any) -> Any:
+            if isinstance(tensor, list):
+                return [here(each) for each in tensor]
             return None if tensor is None else tensor.to(self._device, copy=True)
 
         self.importance.data = here(state['importance'])
         self.state, self.temperature = state['state'], state['temperature']
-        self._threshold, self._first = here(state['threshold']), here(state['first'])
+        self._thresholds, self._first = here(state['thresholds']), here(state['first'])
         if self.state == 'soft':
-            self._latent = [here(weight) for weight in state['latent']]
+            self._latent = here(state['latent'])
             self._write_masked()
         elif self.state == 'hard':
             self._fix(here(state['kept']))
@@ -371,12 +436,8 @@ class BlockMasks:
                 yield product
 
         grad_mask = self.plan.gather(products(), torch.zeros_like(self.importance.data))
-        self.importance.grad = soft_topk_vjp(
-            self.importance.detach(),
-            self._threshold,
-            self.temperature,
-            grad_mask,
-            self.plan.price(mask),
+        self.importance.grad = self.plan.pull_back(
+            self.importance.detach(), self._thresholds, self.temperature, grad_mask
         )
 
     def _fix(self, kept: Tensor) -> None:
@@ -392,8 +453,8 @@ class BlockMasks:
         return held
 
     def _solve(self, temperature: float) -> None:
-        self._threshold = self.plan.threshold(
-            self.importance.detach(), temperature, self._threshold
+        self._thresholds = self.plan.thresholds(
+            self.importance.detach(), temperature, self._thresholds
         )
         self.temperature = temperature
 

@@ -6,16 +6,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from mmsmart.budget import count_macs
+from mmsmart.blocks import BlockLayer
 from mmsmart.channels import pruned_weights
+from mmsmart.cost import count_macs
 from mmsmart.export import complete_or_absent, plain
 from mmsmart.masking import BlockMasks
-from mmsmart.plans import BlockPlan, ChannelPlan
+from mmsmart.plans import ChannelPlan, Plan
 
 _MAP_COLUMNS = 4
-_UNITS = {'params': 'weights', 'macs': 'MACs'}
+_AMOUNTS = ('budget', 'kept', 'next_block_cost')
 
 
 def pruning_report(
@@ -34,26 +36,38 @@ def pruning_report(
 
     Of coupled channels, `block` is 'channel', blocks are a layer's output channels, its parameters
     include the bias, norms have rows too, and `groups` lists which layers lose channels together.
+
+    `budgets` has an entry for every part and resource; `budget`, `kept`, `next_block_cost` and the
+    sparsities beside them are those of `resource` over all parts (the largest next block). A layer
+    `at_floor` keeps just what it must. Latencies are there if there is a table.
     """
     plan, kept = masks.plan, masks.hard_mask().bool()
     rows = (_channel_rows if isinstance(plan, ChannelPlan) else _block_rows)(plan, kept, positions)
+    order = {name: index for index, (name, _) in enumerate(model.named_modules())}
+    rows.sort(key=lambda row: order.get(row['name'], -1))
+    at_floor = masks.at_floor()
+    for row in rows:
+        row['at_floor'] = row['name'] in at_floor
     params = sum(parameter.numel() for parameter in model.parameters())
     macs = count_macs(model, positions)
     params_cut = sum(row['params_total'] - row['params_kept'] for row in rows)
     macs_cut = sum(row['macs_total'] - row['macs_kept'] for row in rows)
     report = {
         'method': method,
-        'resource': plan.resource,
+        'resource': masks.resource,
         'target_sparsity': masks.sparsity,
         'achieved_sparsity': 1 - masks.kept_cost() / masks.total_cost,
         'budget': masks.budget,
         'kept': masks.kept_cost(),
         'next_block_cost': masks.next_block_cost(),
+        'budgets': _budget_rows(masks),
         'dense': {'params': params, 'macs': macs, **dense_metrics},
         'pruned': {'params': params - params_cut, 'macs': macs - macs_cut, **pruned_metrics},
         'layers': rows,
         'excluded': [{'name': item.name, 'reason': item.reason} for item in masks.excluded],
     }
+    if masks.latency is not None:
+        _add_latencies(report, masks)
     if isinstance(plan, ChannelPlan):
         report['groups'] = [
             {
@@ -67,7 +81,48 @@ def pruning_report(
     return plain(report)
 
 
-def _block_rows(plan: BlockPlan, kept: Tensor, positions: dict[str, int]) -> list[dict[str, Any]]:
+def _budget_rows(masks: BlockMasks) -> list[dict[str, Any]]:
+    rows = zip(masks.budgets, masks.kept_costs(), masks.next_block_costs())
+    return [
+        {
+            'part': budget.target.part,
+            'resource': budget.target.resource,
+            'unit': budget.unit,
+            'target_sparsity': budget.target.sparsity,
+            'achieved_sparsity': 1 - kept / budget.total,
+            'total': budget.total,
+            'budget': budget.amount,
+            'kept': kept,
+            'next_block_cost': following,
+        }
+        for budget, kept, following in rows
+    ]
+
+
+def _add_latencies(report: dict[str, Any], masks: BlockMasks) -> None:
+    """What the table says of every layer that it can speak of, dense and pruned."""
+    blocks = {layer.name: layer for layer in masks.layers}
+    for row in report['layers']:
+        if len(row['shape']) == 1:
+            continue  # a norm: part of the layer before it
+        share = row['params_kept'] / row['params_total']
+        if row['block'] == 'channel':
+            curve = masks.latency.of_layers([row['name']])
+            dense, pruned = (float(curve.at(torch.tensor([x]))[0]) for x in (1.0, share))
+        else:
+            cost = masks.latency.of_blocks([blocks[row['name']]])
+            shares = torch.ones(row['blocks_total'], dtype=torch.float64)
+            dense = cost.of(shares)
+            entry = masks.latency.entry(row['name'])
+            count = row['blocks_kept'] / row['blocks_total']
+            pruned = cost.of(shares * (share if entry.block is None else count))
+        row['latency_total'], row['latency_kept'] = dense, pruned
+    for key, kind in (('total', 'dense'), ('kept', 'pruned')):
+        sums = sum(row.get(f'latency_{key}', 0.0) for row in report['layers'])
+        report[kind] = {**report[kind], 'latency': sums}
+
+
+def _block_rows(plan: Plan, kept: Tensor, positions: dict[str, int]) -> list[dict[str, Any]]:
     rows = []
     for layer, stays in zip(plan.layers, kept.split(plan.layer_sizes)):
         sizes = layer.sizes().to(kept.device)
@@ -77,7 +132,7 @@ def _block_rows(plan: BlockPlan, kept: Tensor, positions: dict[str, int]) -> lis
             {
                 'name': layer.name,
                 'shape': list(layer.weight.shape),
-                'block': list(layer.weight_block),
+                'block': list(layer.weight_block) if layer.n_of_m is None else _pattern(layer),
                 'groups': layer.groups,
                 'blocks_total': len(stays),
                 'blocks_kept': int(stays.sum()),
@@ -88,6 +143,10 @@ def _block_rows(plan: BlockPlan, kept: Tensor, positions: dict[str, int]) -> lis
             }
         )
     return rows
+
+
+def _pattern(layer: BlockLayer) -> str:
+    return f'{layer.n_of_m[0]}:{layer.n_of_m[1]}'
 
 
 def _channel_rows(
@@ -143,7 +202,7 @@ def draw_report(report: dict[str, Any], masks: BlockMasks, path: str | Path) -> 
     _draw_densities(bars.subplots(), report)
     _draw_block_maps(maps, chosen, masks)
     figure.suptitle(
-        f'{report["achieved_sparsity"]:.1%} of the prunable {masks.plan.unit} removed: '
+        f'{report["achieved_sparsity"]:.1%} of the prunable {masks.unit} removed: '
         f'{report["kept"]:,.0f} kept of a budget of {report["budget"]:,.0f}'
     )
     with complete_or_absent(path) as temporary:
@@ -169,7 +228,7 @@ def _draw_densities(axes: Any, report: dict[str, Any]) -> None:
     axes.set(
         xlim=(0, 1),
         ylim=(len(rows) - 0.5, -0.5),
-        xlabel=f'share of {_UNITS[what]} kept (red: network target)',
+        xlabel=f'share of {report["budgets"][0]["unit"]} kept (red: network target)',
         title='Kept density, first layer on top',
     )
 
@@ -200,7 +259,7 @@ def _draw_block_maps(figure: Any, chosen: list[dict[str, Any]], masks: BlockMask
 def _images(masks: BlockMasks) -> dict[str, Tensor]:
     """Share kept at every place of every layer's map, by name."""
     plan, kept = masks.plan, masks.hard_mask().cpu()
-    if isinstance(plan, BlockPlan):
+    if not isinstance(plan, ChannelPlan):
         parts = kept.split(plan.layer_sizes)
         return {layer.name: layer.map_of(part) for layer, part in zip(plan.layers, parts)}
     images = {}
@@ -238,12 +297,20 @@ def summary_tables(report: dict[str, Any]) -> list[Any]:
             both.add_row(key, f'{dense:,}', f'{pruned:,}', change)
         elif isinstance(dense, (int, float)) and isinstance(pruned, (int, float)):
             both.add_row(key, f'{dense:.2f}', f'{pruned:.2f}', f'{pruned - dense:+.2f}')
-    counted = _UNITS[report['resource']]
-    layers = Table(
-        title=f'sparsity asked {report["target_sparsity"]:.1%}, got '
-        f'{report["achieved_sparsity"]:.2%} ({report["kept"]:,.0f} {counted} kept, budget '
-        f'{report["budget"]:,.0f}, next block {report["next_block_cost"]:,.0f})'
-    )
+    budgets = Table(title='budgets')
+    for title in ('', 'sparsity asked', 'got', 'budget', 'kept', 'next block'):
+        budgets.add_column(title, justify='left' if not title else 'right')
+    for row in report['budgets']:
+        budgets.add_row(
+            f'{row["unit"]} of {row["part"]}' if row['part'] else row['unit'],
+            f'{row["target_sparsity"]:.1%}',
+            f'{row["achieved_sparsity"]:.2%}',
+            *(
+                f'{row[key]:,.6g}' if row['budget'] < 1e4 else f'{row[key]:,.0f}'
+                for key in _AMOUNTS
+            ),
+        )
+    layers = Table(caption='* at its floor' if any(x['at_floor'] for x in report['layers']) else '')
     layers.add_column('layer', overflow='fold')
     what = 'channels kept' if 'groups' in report else 'blocks kept'
     for title in ('weight', what, 'density'):
@@ -252,7 +319,7 @@ def summary_tables(report: dict[str, Any]) -> list[Any]:
         layers.add_row(
             row['name'],
             'x'.join(map(str, row['shape'])),
-            f'{row["blocks_kept"]}/{row["blocks_total"]}',
+            f'{row["blocks_kept"]}/{row["blocks_total"]}{"*" if row["at_floor"] else ""}',
             f'{row["params_kept"] / row["params_total"]:.1%}',
         )
-    return [both, layers]
+    return [both, budgets, layers]

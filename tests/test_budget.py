@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mmsmart.blocks import find_layers
-from mmsmart.budget import block_cost, budget_for, check_sparsity, count_macs, count_positions
+from mmsmart.budget import budget_for, check_sparsity
+from mmsmart.cost import block_cost, count_macs, count_positions
 
 few = settings(max_examples=60)
 

@@ -10,8 +10,8 @@ from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from mmsmart.budget import count_positions, coupled_cost
 from mmsmart.channels import find_channels, pruned_weights
+from mmsmart.cost import count_positions, coupled_cost
 from mmsmart.shrink import cut_channels
 
 OUTPUT = 'its output channels are outputs of the model'

@@ -10,17 +10,17 @@ from rich.console import Console
 from torch import nn
 
 from mmsmart import install_masks
-from mmsmart.budget import count_positions
+from mmsmart.cost import count_positions
 from mmsmart.report import draw_report, pruning_report, save_report, summary_tables
 
 # The contract of pruning.json; `groups` is what a reader needs to cut a grouped layer himself.
 TOP = [
     'method', 'resource', 'target_sparsity', 'achieved_sparsity', 'budget', 'kept',
-    'next_block_cost', 'dense', 'pruned', 'layers', 'excluded',
+    'next_block_cost', 'budgets', 'dense', 'pruned', 'layers', 'excluded',
 ]  # fmt: skip
 LAYER = [
     'name', 'shape', 'block', 'groups', 'blocks_total', 'blocks_kept', 'params_total',
-    'params_kept', 'macs_total', 'macs_kept',
+    'params_kept', 'macs_total', 'macs_kept', 'at_floor',
 ]  # fmt: skip
 BLOCK = (4, 3, 1, -1)
 IMAGE = (1, 3, 12, 12)

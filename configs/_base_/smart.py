@@ -7,14 +7,20 @@
 # docs/configuration.md says what each key does.
 runner_type = 'mmsmart.SmartRunner'
 smart = dict(
-    # share of the prunable resource to remove, in [0, 1)
-    sparsity=0.5,
-    # (out, in, kh, kw), -1 is the whole axis; or 'channel', coupled channels that can be cut out
+    # share of the resource to remove, in [0, 1): 0.5 if not given (of '2:4' and the like, what they
+    # remove); or by resource, dict(params=0.6, macs=0.5), or by part, dict(backbone=0.8, neck=0.6)
+    sparsity=None,
+    # instead of a sparsity: points of the validated metric that may be lost; short runs find it
+    max_drop=None,
+    # (out, in, kh, kw), -1 is the whole axis, or as a string, '16x8'; '2:4', two of every four
+    # weights along the input axis; or 'channel', coupled channels that can be cut out
     block=(16, 8, 1, 1),
     # with 'channel': channels left in each group are a multiple of it
     round_to=1,
-    # what the budget counts: 'params' or 'macs'
+    # what a plain sparsity counts: 'params', 'macs' or 'latency'
     resource='params',
+    # for 'latency': path of a YAML or JSON table of your hardware's latencies, or the table
+    latency=None,
     # 'smart', or 'magnitude' for one-shot magnitude pruning
     method='smart',
     # shares of the run's iterations; they add up to 1
@@ -23,6 +29,6 @@ smart = dict(
     temperature=dict(start=3.0, end=0.01, shape='geometric'),
     # start from weights and activations of some batches, or 'magnitude' for weights alone
     importance=dict(init='activation', batches=8, lr=0.02, optimizer=dict(type='Adam')),
-    # overrides by name, such as dict(pattern='head', exclude=True)
+    # overrides by name, such as dict(pattern='head', exclude=True) or min_density=0.1 there
     layers=[],
 )

@@ -18,7 +18,7 @@ import torch
 from mmengine.config import Config
 from torch import nn
 
-from mmsmart.budget import count_positions
+from mmsmart.cost import count_positions
 from mmsmart.engine.export import load_model, read_config
 from mmsmart.engine.raw_forward import RawForward, example_input
 from mmsmart.export import save_onnx

@@ -13,7 +13,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from mmsmart.budget import count_positions
+from mmsmart.cost import count_positions
 from mmsmart.engine.random_state import preserved_random_state
 from mmsmart.engine.raw_forward import RawForward
 from mmsmart.importance import activation, input_norms, magnitude
@@ -46,7 +46,7 @@ def layer_positions(runner: Runner, model: nn.Module) -> dict[str, int]:
 def traced(
     model: nn.Module,
     block: Sequence[int] | str,
-    resource: str,
+    needs_macs: bool,
     shape: Sequence[int],
     positions: dict[str, int] | None = None,
 ) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def traced(
     Args:
         model: The model.
         block: `smart.block`; coupled channels need a forward pass to follow.
-        resource: `smart.resource`; MACs need positions.
+        needs_macs: Whether MACs are budgeted, which need positions.
         shape: `(height, width)` of an image.
         positions: Positions, if they are known; they are counted on one image otherwise.
     """
@@ -68,7 +68,7 @@ def traced(
         )
 
     found: dict[str, Any] = {}
-    if resource == 'macs':
+    if needs_macs:
         if positions is None:
             with evaluating(model):
                 positions = count_positions(model, lambda: RawForward(model)(image(height, width)))
@@ -91,16 +91,16 @@ def _takes(model: nn.Module, images: Tensor) -> bool:
     return True
 
 
-def traced_in(runner: Runner, model: nn.Module, block: Any, resource: str) -> dict[str, Any]:
+def traced_in(runner: Runner, model: nn.Module, block: Any, needs_macs: bool) -> dict[str, Any]:
     """:func:`traced` for the first validation (or training) image of a run."""
-    if block != 'channel' and resource != 'macs':
+    if block != 'channel' and not needs_macs:
         return {}
     loader = runner.train_dataloader if runner.val_loop is None else runner.val_dataloader
     with evaluating(model):
         batch = loader.collate_fn([loader.dataset[0]])
         images = model.data_preprocessor(batch)['inputs']
-    positions = layer_positions(runner, model) if resource == 'macs' else None
-    return traced(model, block, resource, images.shape[-2:], positions)
+    positions = layer_positions(runner, model) if needs_macs else None
+    return traced(model, block, needs_macs, images.shape[-2:], positions)
 
 
 def first_importance(

@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from mmsmart.blocks import NOfM, read_block
+from mmsmart.budget import RESOURCES, Target, read_targets
 from mmsmart.functional import TemperatureSchedule
+from mmsmart.latency import LatencyTable, read_table
 
 METHODS = ('smart', 'magnitude')
-RESOURCES = ('params', 'macs')
 INITIALISATIONS = ('activation', 'magnitude')
 
 
@@ -139,13 +141,50 @@ class Temperature:
 
 
 @dataclass(frozen=True)
+class MaxDrop:
+    """`smart.max_drop`: how far the metric may drop, and what may be spent on finding out.
+
+    `trials` short runs at most, each of `share` of the run's length, at sparsities between `low`
+    and `high`.
+    """
+
+    drop: float | None = None
+    metric: str | None = None
+    trials: int = 6
+    share: float = 0.25
+    low: float = 0.0
+    high: float = 1.0
+
+    def __post_init__(self) -> None:
+        numbers = dict(drop=self.drop, share=self.share, low=self.low, high=self.high)
+        for key, value in numbers.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+                raise ValueError(
+                    f'smart.max_drop.{key}: expected a number of at least 0, got {value!r}.'
+                )
+        if isinstance(self.trials, bool) or not isinstance(self.trials, int) or self.trials < 1:
+            raise ValueError(
+                f'smart.max_drop.trials: expected an integer above 0, got {self.trials!r}.'
+            )
+        if not 0 < self.share <= 1:
+            raise ValueError(f'smart.max_drop.share: {self.share!r} is outside (0, 1].')
+        if not self.low < self.high <= 1:
+            raise ValueError(
+                f'smart.max_drop: expected 0 <= low < high <= 1, got low={self.low!r} and '
+                f'high={self.high!r}.'
+            )
+
+
+@dataclass(frozen=True)
 class Smart:
     """The whole `smart` dict of a config."""
 
-    sparsity: float = 0.5
+    sparsity: float | dict[str, Any] | None = None
+    max_drop: float | dict[str, Any] | None = None
     block: Sequence[int] | str = (16, 8, 1, 1)
     round_to: int = 1
     resource: str = 'params'
+    latency: str | dict[str, Any] | None = None
     method: str = 'smart'
     stages: dict[str, float] = field(default_factory=dict)
     temperature: dict[str, Any] = field(default_factory=dict)
@@ -155,27 +194,67 @@ class Smart:
     def __post_init__(self) -> None:
         if self.resource not in RESOURCES:
             raise ValueError(f'smart.resource: got {self.resource!r}, allowed are {RESOURCES}.')
+        asked = {target.resource for target in self.targets()}
+        if 'latency' in asked and self.latency is None:
+            raise ValueError(
+                "smart.latency: a budget of latency needs a table of your hardware's latencies: "
+                'the path of a YAML or JSON file, or a dict. See docs/configuration.md.'
+            )
+        self.latency_table()
         if self.method not in METHODS:
             raise ValueError(f'smart.method: got {self.method!r}, allowed are {METHODS}.')
-        if isinstance(self.block, str) and self.block != 'channel':
-            raise ValueError(
-                f"smart.block: got {self.block!r}, allowed are (out, in, kh, kw) and 'channel'."
-            )
+        if self.block != 'channel':
+            read_block('smart.block', self.block)
         if self.round_to != 1 and self.block != 'channel':
             raise ValueError(
                 f'smart.round_to: {self.round_to!r} rounds counts of channels, and needs '
                 "smart.block='channel'."
             )
 
+        if self.drop() is not None and self.sparsity is not None:
+            raise ValueError(
+                f'smart.max_drop: {self.max_drop!r} finds the sparsity, and smart.sparsity says '
+                f'{self.sparsity!r}. Leave one of them out.'
+            )
+        if self.max_drop is not None and self.removed() != 0.5:
+            raise ValueError(
+                f'smart.max_drop: the block {self.block!r} fixes the sparsity, so none is found.'
+            )
+
+    def drop(self) -> MaxDrop | None:
+        """The settings of `max_drop`, if there are any."""
+        if self.max_drop is None:
+            return None
+        written = self.max_drop
+        return build(
+            MaxDrop, 'smart.max_drop', written if isinstance(written, dict) else {'drop': written}
+        )
+
     def model_args(self) -> dict[str, Any]:
         """Arguments of `mmsmart.SmartModel`."""
         return dict(
-            sparsity=self.sparsity,
+            sparsity=self.removed(),
             block=self.block,
             layers=self.layers,
             resource=self.resource,
+            latency=self.latency_table(),
             round_to=self.round_to,
         )
+
+    def removed(self) -> float | dict[str, Any]:
+        """`sparsity`, or what stands for it: what N of M removes, else one half."""
+        if self.sparsity is not None:
+            return self.sparsity
+        block = 'channel' if self.block == 'channel' else read_block('smart.block', self.block)
+        return 1 - block.n / block.m if isinstance(block, NOfM) else 0.5
+
+    def targets(self) -> list[Target]:
+        """What to remove, by part and resource."""
+        return read_targets(self.removed(), self.resource)
+
+    def latency_table(self) -> LatencyTable | None:
+        """The table of `latency`."""
+        return None if self.latency is None else read_table(self.latency)
 
     def optimizer_args(self) -> dict[str, Any]:
         """Arguments of `mmsmart.SmartOptimWrapper`."""

@@ -9,7 +9,9 @@ from mmengine.model import BaseModule
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from torch import nn
 
+from mmsmart.budget import read_targets
 from mmsmart.engine.calibration import traced
+from mmsmart.latency import LatencyTable, read_table
 from mmsmart.masking import install_masks
 from mmsmart.registry import MODELS
 from mmsmart.shrink import read_structure, shrink
@@ -19,8 +21,10 @@ from mmsmart.shrink import read_structure, shrink
 @MODELS.register_module(['SmartModel', 'SmartClassifier', 'SmartDetector', 'SmartSegmentor'])
 def SmartModel(
     model: dict[str, Any] | nn.Module,
+    sparsity: float | dict[str, Any] = 0.5,
     block: Sequence[int] | str = (16, 8, 1, 1),
     resource: str = 'params',
+    latency: LatencyTable | str | dict[str, Any] | None = None,
     shape: Sequence[int] = (224, 224),
     data_preprocessor: dict[str, Any] | None = None,
     **pruning: Any,
@@ -29,17 +33,24 @@ def SmartModel(
 
     Args:
         model: Config of the upstream model, or the model.
-        block: See :func:`mmsmart.install_masks`.
-        resource: What the budget counts: 'params', or 'macs' of an image of this shape.
+        sparsity: See :func:`mmsmart.install_masks`.
+        block: The same.
+        resource: What a plain `sparsity` counts: 'params', 'latency', or 'macs' of an image of
+            this shape.
+        latency: A latency table, or what :func:`mmsmart.latency.read_table` reads.
         shape: `(height, width)` of the image that is followed through the model, where MACs are
             counted or channels coupled.
         data_preprocessor: Handed on; a `Runner` gives what its config has beside the model.
-        pruning: `sparsity`, `layers` and `round_to` of :func:`mmsmart.install_masks`.
+        pruning: `layers` and `round_to` of :func:`mmsmart.install_masks`.
     """
+    needs_macs = any(target.resource == 'macs' for target in read_targets(sparsity, resource))
+    if latency is not None and not isinstance(latency, LatencyTable):
+        latency = read_table(latency)
     if not isinstance(model, nn.Module):
         model = _built(model, data_preprocessor)
     # Some backbones freeze their first stages in `train()` and not before.
-    install_masks(model.train(), block=block, **traced(model, block, resource, shape), **pruning)
+    learnt = traced(model.train(), block, needs_macs, shape)
+    install_masks(model, sparsity, block, resource=resource, latency=latency, **learnt, **pruning)
     return model
 
 

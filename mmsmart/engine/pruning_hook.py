@@ -14,6 +14,7 @@ from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.runner import Runner
 from torch import nn
 
+from mmsmart.budget import Budget
 from mmsmart.engine.calibration import first_importance, layer_positions
 from mmsmart.engine.config import METHODS, ImportanceStart, Stages, Temperature, build
 from mmsmart.engine.diagnosis import check_checkpoint
@@ -128,7 +129,7 @@ class SmartPruningHook(Hook):
                 'mmsmart: the search begins from weights that no checkpoint was loaded into. Set '
                 '`load_from`, or give smart.stages.pretrain a share.'
             )
-        counted = self.masks.plan.positions
+        counted = self.masks.positions
         self._positions = counted or layer_positions(runner, _plain_model(runner))
 
     def before_train_epoch(self, runner: Runner) -> None:
@@ -197,9 +198,8 @@ class SmartPruningHook(Hook):
         masks.begin(importance, self._temperature(self._begin))
         runner.logger.info(
             f'mmsmart: search over iterations {self._begin} to {self._end}: {masks.num_blocks} '
-            f'blocks in {len(masks.layers)} layers, {masks.budget:.0f} of '
-            f'{masks.total_cost:.0f} {masks.plan.unit} may stay (sparsity {masks.sparsity:g}); '
-            f'{len(masks.excluded)} layers left dense.'
+            f'blocks in {len(masks.layers)} layers; {len(masks.excluded)} layers left dense. '
+            f'May stay: {"; ".join(_allowed(budget) for budget in masks.budgets)}.'
         )
         if self.method == 'magnitude':
             self._harden(runner)
@@ -216,8 +216,11 @@ class SmartPruningHook(Hook):
             info.pop(key)
         runner.logger.info(
             f'mmsmart: masks are hard from iteration {runner.iter + 1} on: '
-            f'{masks.kept_cost():.0f} {masks.plan.unit} kept of a budget of {masks.budget:.0f}, '
-            f'{masks.moved():.1%} of the blocks changed sides during the search.'
+            f'{masks.moved():.1%} of the blocks changed sides during the search. Kept: '
+            + '; '.join(
+                f'{cost:.8g} of {_allowed(budget)}'
+                for cost, budget in zip(masks.kept_costs(), masks.budgets)
+            )
         )
 
     def _measure(self, runner: Runner) -> None:
@@ -269,6 +272,12 @@ class SmartPruningHook(Hook):
         runner.logger.info(
             f'mmsmart: {shrunk}pruned.pth, pruning.json and pruning.png are in {folder}.'
         )
+
+
+def _allowed(budget: Budget) -> str:
+    target = budget.target
+    part = f' of {target.part}' if target.part else ''
+    return f'{budget.amount:.8g} {budget.unit}{part} (sparsity {target.sparsity:g} of {budget.total:.8g})'
 
 
 def _plain_model(runner: Runner) -> nn.Module:

@@ -11,10 +11,10 @@ from mmengine.optim import OptimWrapper
 from mmengine.runner import BaseLoop, Runner
 from torch import nn
 
-from mmsmart.budget import check_sparsity
 from mmsmart.engine.calibration import traced_in
 from mmsmart.engine.config import Smart, build
 from mmsmart.engine.diagnosis import data_named, emptiness_named, scope_named
+from mmsmart.engine.max_drop import SparsitySearch
 from mmsmart.engine.optim_wrapper import MaskedStep
 from mmsmart.engine.pruning_hook import SmartPruningHook
 from mmsmart.masking import install_masks, masks_of
@@ -43,16 +43,25 @@ class SmartRunner(Runner):
                 in the config are not those of `default_scope`.
         """
         smart = _smart_of(cfg)
-        check_sparsity(smart.sparsity)
         SmartPruningHook(**smart.hook_args())
         smart.optimizer_args()
         with scope_named(cfg):
             return super().from_cfg(cfg)
 
     def train(self) -> nn.Module:
-        """Train; an error over missing data or a type of another scope names the config's key."""
+        """Train; an error over missing data or a type of another scope names the config's key.
+
+        With `smart.max_drop`, short runs find the sparsity before.
+        """
         with scope_named(self.cfg), data_named(self.cfg):
-            return super().train()
+            smart = _smart_of(self.cfg)
+            if smart.max_drop is None:
+                return super().train()
+            search = SparsitySearch(self, smart)
+            self.cfg.smart.update(sparsity=search.settle(), max_drop=None)
+            model = super().train()
+            search.conclude()
+            return model
 
     def build_train_loop(self, loop: Any) -> BaseLoop:
         with emptiness_named(self.cfg, 'train_dataloader'):
@@ -72,8 +81,8 @@ class SmartRunner(Runner):
         if masks_of(model) is None:
             # Some backbones freeze their first stages in `train()` and not before.
             arguments = _smart_of(self.cfg).model_args()
-            resource = arguments.pop('resource')
-            learnt = traced_in(self, model.train(), arguments['block'], resource)
+            needs_macs = any(t.resource == 'macs' for t in _smart_of(self.cfg).targets())
+            learnt = traced_in(self, model.train(), arguments['block'], needs_macs)
             install_masks(model.train(), **arguments, **learnt)
         if isinstance(optim_wrapper, dict):
             optim_wrapper = self._masked(optim_wrapper)

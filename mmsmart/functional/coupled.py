@@ -1,4 +1,4 @@
-"""Threshold and top-k where blocks share what they cost: channels of layers that feed each other.
+"""Costs that blocks share, and their top-k: channels of layers that feed each other.
 
 A weight between two channels leaves with either of them, so what a network costs is no sum over its
 channels. With S_g = Σ f_i over the channels of group g, a layer l with A_l, B_l channels of each
@@ -6,24 +6,22 @@ group on its output and its input side costs
 
     P(f) = Σ_l u_l (a_l + A_l·S) (b_l + B_l·S) + w·S + const
 
-where a_l and b_l are channels that always stay. P grows with every f_i, so one threshold still
-meets a budget, and the closed-form gradient of the soft top-k holds with the marginal cost
-c_i = ∂P/∂f_i in place of a fixed one (implicit function theorem).
+where a_l and b_l are channels that always stay; or, where its time was measured, a function of the
+share of its weights that is left. P grows with every f_i, so one threshold still meets a budget,
+and the closed-form gradient of the soft top-k holds with the marginal cost c_i = ∂P/∂f_i in place
+of a fixed one (implicit function theorem).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .threshold import solve_threshold
-from .topk import soft_mask
-
-# Two or three from the last step's threshold, some ten from a cold start; a bound.
-_MAX_PASSES = 100
-_RESOLVED = 1e-12
+from .costs import Curves
+from .limits import Limit
 
 
 @dataclass(frozen=True)
@@ -39,6 +37,7 @@ class CoupledCost:
         in_rest: b, the same for input channels.
         linear: w, what a block costs by itself, `(groups,)`.
         constant: What stays in any case.
+        curves: y, one a layer, of the share of u (a + A·S) (b + B·S) that is left, in place of it.
 
     Example:
         A hidden layer of three channels between one input and two outputs costs 3 weights each.
@@ -65,6 +64,7 @@ class CoupledCost:
     in_rest: Tensor
     linear: Tensor
     constant: float = 0.0
+    curves: Curves | None = None
 
     @property
     def num_groups(self) -> int:
@@ -74,14 +74,26 @@ class CoupledCost:
         """P(f) of a mask `(num_blocks,)`."""
         kept = self._by_group(mask)
         out, in_ = self._sides(kept)
-        return float((self.unit * out * in_).sum() + self.linear @ kept) + self.constant
+        weights = self.unit * out * in_
+        if self.curves is not None:
+            weights, _ = self.curves.at(weights / self._whole())
+        return float(weights.sum() + self.linear @ kept) + self.constant
 
     def marginal(self, mask: Tensor) -> Tensor:
         """∂P/∂f_i at a mask, float64 `(num_blocks,)`, on the CPU."""
         out, in_ = self._sides(self._by_group(mask))
-        by_group = self.linear + (self.unit * in_) @ self.out + (self.unit * out) @ self.in_
+        unit = self.unit
+        if self.curves is not None:
+            _, slope = self.curves.at(unit * out * in_ / self._whole())
+            unit = unit * slope / self._whole()
+        by_group = self.linear + (unit * in_) @ self.out + (unit * out) @ self.in_
         # Channels that cost nothing share the fate of those that cost next to nothing.
         return by_group.clamp_min(1e-9 * float(by_group.max()))[self.group]
+
+    def _whole(self) -> Tensor:
+        out, in_ = self._sides(torch.bincount(self.group, minlength=self.num_groups).double())
+        whole = self.unit * out * in_
+        return torch.where(whole > 0, whole, torch.ones_like(whole))
 
     def _by_group(self, mask: Tensor) -> Tensor:
         zeros = torch.zeros(self.num_groups, dtype=torch.float64)
@@ -92,72 +104,23 @@ class CoupledCost:
 
 
 @torch.no_grad()
-def solve_coupled_threshold(
-    importance: Tensor,
-    budget: float,
-    temperature: float,
-    cost: CoupledCost,
-    start: float | Tensor | None = None,
-) -> Tensor:
-    """Find θ such that P(σ((m - θ)/τ)) = B, to 1e-9 of B.
-
-    P lies above each of its linearisations along the masks of falling θ. Solving the linearised
-    budget again and again is therefore Newton's method on a convex function: from the second pass
-    on it comes down on the solution from above, from wherever it began.
-
-    Args:
-        importance: m, `(num_blocks,)`.
-        budget: B, between the cost of empty and of full masks.
-        temperature: τ > 0.
-        cost: P.
-        start: A guess, usually the last θ.
-
-    Returns:
-        θ, 0-dim float64, on the device of importance; `-inf` for the budget of full masks.
-
-    Raises:
-        ValueError: For a budget out of range, or what :func:`solve_threshold` refuses.
-    """
-    full, empty = cost.of(torch.ones_like(importance)), cost.of(torch.zeros_like(importance))
-    if not empty <= budget <= full:
-        raise ValueError(f'budget: expected a value in [{empty:g}, {full:g}], got {budget!r}.')
-    m = importance.detach().cpu().double()
-    if budget == full:
-        return torch.tensor(-torch.inf, dtype=torch.float64, device=importance.device)
-    everything = m.min() - 40 * temperature
-    threshold = everything if start is None else torch.as_tensor(start).cpu()
-    for _ in range(_MAX_PASSES):
-        mask = soft_mask(m, threshold, temperature)
-        spent = cost.of(mask)
-        if abs(spent - budget) <= _RESOLVED * max(budget, 1.0):
-            break
-        price = cost.marginal(mask)
-        if not bool(price.any()):  # where nothing is kept, a channel between two layers is free
-            threshold = everything
-            continue
-        left = float(budget - spent + price @ mask)
-        # From masks that are too small the linearised cost may never reach the budget.
-        left = min(max(left, 0.0), float(price.sum()))
-        moved = solve_threshold(m, left, temperature, price, start=threshold)
-        if moved == threshold:
-            break
-        threshold = moved
-    return threshold.to(importance.device)
-
-
-@torch.no_grad()
 def coupled_topk(
-    importance: Tensor, budget: float, cost: CoupledCost, round_to: int = 1
+    importance: Tensor,
+    limits: Sequence[Limit],
+    group: Tensor,
+    least: Tensor,
+    round_to: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Keep the most important blocks that fit, at least one lot of every group.
+    """Keep the most important blocks that fit, and of every group at least what its floor says.
 
     A lot is `round_to` blocks of one group in the order of their importance (the last lot of a
     group may be smaller), and is as important as its blocks are on average.
 
     Args:
         importance: m, `(num_blocks,)`.
-        budget: B.
-        cost: P.
+        limits: At least one.
+        group: Group of every block, int64 `(num_blocks,)`.
+        least: Blocks that each group keeps at least, `(groups,)`, 1 or more.
         round_to: Blocks kept in each group are a multiple of it, or the whole group.
 
     Returns:
@@ -165,35 +128,36 @@ def coupled_topk(
         `(num_blocks,)`, none if everything fits.
 
     Raises:
-        ValueError: If not even one lot of every group fits.
+        ValueError: If not even the floors fit.
     """
     m = importance.detach().cpu().double()
-    lot, first = _lots(m, cost.group, round_to)
+    lot, forced = _lots(m, group, least, round_to)
     size = torch.bincount(lot)
     score = torch.zeros(len(size), dtype=torch.float64).index_add_(0, lot, m) / size
-    order = torch.argsort(score.masked_fill(first, torch.inf), descending=True, stable=True)
+    order = torch.argsort(score.masked_fill(forced, torch.inf), descending=True, stable=True)
     position = torch.empty_like(order)
     position[order] = torch.arange(len(order))
     rank = position[lot]
 
-    def spent(count: int) -> float:
-        return cost.of((rank < count).double())
+    def fit(count: int) -> bool:
+        return all(x.cost.of((rank < count).double()) <= x.budget for x in limits)
 
-    fits, too_many = int(first.sum()), len(order) + 1
-    if spent(fits) > budget:
+    fits, too_many = int(forced.sum()), len(order) + 1
+    if not fit(fits):
+        each = [f'{x.cost.of((rank < fits).double()):g} of {x.budget:g}' for x in limits]
         raise ValueError(
-            f'budget: {budget:g} is less than the {spent(fits):g} that {round_to} of the channels '
-            'in each group cost. Lower the sparsity, or `round_to`.'
+            f'budget: what the floors keep in each group (at least {round_to} of its channels) '
+            f'costs {", ".join(each)}. Lower the sparsity, `round_to`, or `min_density`.'
         )
     while too_many - fits > 1:
         middle = (fits + too_many) // 2
-        fits, too_many = (middle, too_many) if spent(middle) <= budget else (fits, middle)
+        fits, too_many = (middle, too_many) if fit(middle) else (fits, middle)
     mask = (rank < fits).to(importance.dtype).to(importance.device)
     return mask, (rank == fits).to(importance.device)
 
 
-def _lots(m: Tensor, group: Tensor, round_to: int) -> tuple[Tensor, Tensor]:
-    """Lot of every block, and whether a lot is the first of its group."""
+def _lots(m: Tensor, group: Tensor, least: Tensor, round_to: int) -> tuple[Tensor, Tensor]:
+    """Lot of every block, and whether a lot belongs to its group's floor."""
     falling = torch.argsort(m, descending=True, stable=True)
     ranked = falling[torch.argsort(group[falling], stable=True)]  # by group, then by importance
     sizes = torch.bincount(group)
@@ -203,6 +167,6 @@ def _lots(m: Tensor, group: Tensor, round_to: int) -> tuple[Tensor, Tensor]:
     first_lot = lots.cumsum(0) - lots
     lot = torch.empty_like(ranked)
     lot[ranked] = first_lot[group[ranked]] + place // round_to
-    first = torch.zeros(int(lots.sum()), dtype=torch.bool)
-    first[first_lot[sizes > 0]] = True
-    return lot, first
+    forced = torch.zeros(int(lots.sum()), dtype=torch.bool)
+    forced[lot[ranked[place < least[group[ranked]]]]] = True
+    return lot, forced

@@ -1,8 +1,4 @@
-"""Plans: what shares one importance, what it costs to keep, and which weights it silences.
-
-:class:`mmsmart.BlockMasks` asks its plan for everything that differs between blocks of weights,
-each with a cost of its own, and coupled channels, whose costs depend on each other.
-"""
+"""Blocks of weights under one or more budgets, with a floor for every layer."""
 
 from __future__ import annotations
 
@@ -12,19 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmsmart.blocks import BlockLayer, Excluded, cut_layer
-from mmsmart.budget import block_cost, budget_for, coupled_cost
-from mmsmart.channels import ChannelGroup, ChannelLayer, pruned_weights
+from mmsmart.blocks import BlockLayer, Excluded
+from mmsmart.budget import Budget, Target, make_budget
+from mmsmart.cost import block_cost
 from mmsmart.functional import (
-    coupled_topk,
-    hard_topk,
-    solve_coupled_threshold,
-    solve_threshold,
+    Floors,
+    LinearCost,
+    limited_topk,
+    limits_mask,
+    limits_vjp,
+    solve_limits,
+    tightest,
 )
-from mmsmart.importance import standardised
-from mmsmart.shrink import Kept, out_axis
+from mmsmart.latency import LatencyTable
 
-_UNUSED = 'not run in the prediction for one image: it costs no MACs'
+UNITS = {'params': 'weights', 'macs': 'MACs'}
 
 
 class BlockPlan:
@@ -33,64 +31,103 @@ class BlockPlan:
     Attributes:
         layers: The layers cut into blocks; block vectors follow their order.
         excluded: Weights that stay dense, with the reason.
-        sparsity: Share of the cost to remove.
-        resource: What costs count: 'params' or 'macs'.
-        positions: As given.
-        cost: Cost of every block, float64 `(num_blocks,)`.
-        total: Cost of all blocks.
-        budget: Cost that may be kept.
+        budgets: What may be kept, one a target; the tightest is met, the others hold.
         layer_sizes: Number of blocks of each layer.
+        floors: What every layer keeps at least.
 
     Args:
         layers: The layers.
+        targets: What to remove, all of one part.
+        positions: Uses of each layer's weights in one forward pass, by name, for MACs.
+        table: Latencies, for latency.
+        least: Least density of each layer, by name; None, as for a layer that is not named, is one
+            block, and 0 lets a layer be cut off whole.
         excluded: What stays dense.
-        sparsity: Share of the cost to remove, in [0, 1).
-        positions: Uses of each layer's weights in one forward pass, by name, if the budget counts
-            MACs; None if it counts parameters.
+
+    Raises:
+        ValueError: If the budgets are too small for any block, or for the floors.
     """
 
     def __init__(
         self,
         layers: Sequence[BlockLayer],
-        excluded: Sequence[Excluded],
-        sparsity: float,
+        targets: Sequence[Target],
         positions: dict[str, int] | None = None,
+        table: LatencyTable | None = None,
+        least: dict[str, float | None] | None = None,
+        excluded: Sequence[Excluded] = (),
     ) -> None:
-        used = {x.name for x in layers if positions is None or positions.get(x.name)}
-        self.layers = [layer for layer in layers if layer.name in used]
-        unused = [Excluded(x.name, _UNUSED) for x in layers if x.name not in used]
-        self.excluded = [*excluded, *unused]
-        self.sparsity = sparsity
-        self.positions = positions
-        self.resource = 'params' if positions is None else 'macs'
-        self.cost = block_cost(self.layers, positions)
-        self.total = float(self.cost.sum())
-        self.budget = budget_for(self.cost, sparsity)
+        self.layers, self.excluded = list(layers), list(excluded)
         self.layer_sizes = [layer.num_blocks for layer in self.layers]
-        if self.budget < float(self.cost.min()):
-            raise ValueError(
-                f'sparsity: {sparsity} leaves a budget of {self.budget:g} {self.unit}, less than '
-                f'the smallest block ({float(self.cost.min()):g}). Lower it, or choose smaller '
-                'blocks.'
-            )
+        self.budgets = [self._budget(target, positions, table) for target in targets]
+        self.floors = self._floors(least or {})
+        self._check()
+
+    def _budget(
+        self, target: Target, positions: dict[str, int] | None, table: LatencyTable | None
+    ) -> Budget:
+        if target.resource == 'latency':
+            cost, unit = table.of_blocks(self.layers), table.unit
+        else:
+            uses = positions if target.resource == 'macs' else None
+            cost, unit = LinearCost(block_cost(self.layers, uses)), UNITS[target.resource]
+        return make_budget(target, cost, cost.of(torch.ones(self.num_blocks)), unit)
+
+    def _floors(self, least: dict[str, float | None]) -> Floors:
+        sizes = [layer.sizes().double() for layer in self.layers]
+        shares = [least.get(layer.name) for layer in self.layers]
+        weights = [
+            float(size.min()) if share is None else share * float(size.sum())
+            for size, share in zip(sizes, shares)
+        ]
+        return Floors(
+            torch.cat(sizes), torch.tensor(self.layer_sizes), torch.tensor(weights).double()
+        )
+
+    def _check(self) -> None:
+        for budget in self.budgets:
+            target, where = budget.target, f' of {budget.target.part}' if budget.target.part else ''
+            empty = budget.cost.of(torch.zeros(self.num_blocks))
+            smallest = float(budget.cost.increments(torch.zeros(self.num_blocks)).min())
+            if budget.amount < empty + smallest:
+                raise ValueError(
+                    f'sparsity: {target.sparsity} leaves{where} a budget of {budget.amount:g} '
+                    f'{budget.unit}, less than the smallest block '
+                    + (f'and what no block can save ({empty:g} + ' if empty else '(')
+                    + f'{smallest:g}). Lower it, or choose smaller blocks.'
+                )
+            held = budget.cost.of(self.floors.worst_mask())
+            if held > budget.amount:
+                raise ValueError(
+                    f'sparsity: {target.sparsity} leaves{where} a budget of {budget.amount:g} '
+                    f'{budget.unit}, but the floors of its {len(self.layers)} layers keep up to '
+                    f'{held:g}. Lower it, choose smaller blocks, or lower `min_density` in rules '
+                    'of `layers`: without a rule each layer keeps at least one block, 0 lets it '
+                    'be cut off whole.'
+                )
 
     @property
     def num_blocks(self) -> int:
-        return len(self.cost)
+        return sum(self.layer_sizes)
 
     @property
-    def unit(self) -> str:
-        """What costs are counted in."""
-        return 'weights' if self.resource == 'params' else 'MACs'
+    def cost(self) -> Tensor:
+        """Cost of every block in the first budget, float64 `(num_blocks,)`; marginal where curved."""
+        return self.budgets[0].cost.marginal(torch.ones(self.num_blocks, device=self._device))
 
     @property
     def weights(self) -> list[nn.Parameter]:
         """The parameters that the soft mask multiplies."""
         return [layer.weight for layer in self.layers]
 
+    @property
+    def _device(self) -> torch.device:
+        return self.floors.sizes.device
+
     def follow(self, device: torch.device) -> None:
         """The model has moved to this device."""
-        self.cost = self.cost.to(device)
+        self.budgets = [budget.to(device) for budget in self.budgets]
+        self.floors = self.floors.to(device)
 
     def spread(self, mask: Tensor) -> Iterator[Tensor]:
         """For each of :attr:`weights`, one after the other, what multiplies it, broadcastable."""
@@ -104,28 +141,39 @@ class BlockPlan:
                 part.copy_(layer.reduce(product))
         return into
 
-    def threshold(self, importance: Tensor, temperature: float, start: Tensor | None) -> Tensor:
-        """θ of the soft mask that meets the budget."""
-        return solve_threshold(importance, self.budget, temperature, self.cost, start=start)
+    def thresholds(self, importance: Tensor, temperature: float, start: Tensor | None) -> Tensor:
+        """θ of the soft mask that meets the budgets and floors."""
+        limits = [budget.limit for budget in self.budgets]
+        return solve_limits(importance, limits, temperature, self.floors, start)
 
-    def price(self, mask: Tensor) -> Tensor:
-        """What a little more of each block would cost, `(num_blocks,)`."""
-        return self.cost
+    def soft_mask(self, importance: Tensor, thresholds: Tensor, temperature: float) -> Tensor:
+        """The soft mask at thresholds, `(num_blocks,)`."""
+        return limits_mask(importance, thresholds, temperature, self.floors)
+
+    def pull_back(
+        self, importance: Tensor, thresholds: Tensor, temperature: float, grad_mask: Tensor
+    ) -> Tensor:
+        """∂L/∂m from ∂L/∂f, the thresholds moving with m."""
+        limits = [budget.limit for budget in self.budgets]
+        mask = self.soft_mask(importance, thresholds, temperature)
+        price = tightest(limits, mask).cost.marginal(mask)
+        return limits_vjp(importance, thresholds, temperature, grad_mask, price, self.floors)
 
     def top(self, importance: Tensor) -> Tensor:
         """The hard mask of an importance."""
-        return hard_topk(importance, self.budget, self.cost)
+        return limited_topk(importance, [budget.limit for budget in self.budgets], self.floors)
 
-    def spent(self, mask: Tensor) -> float:
-        """Cost of a mask."""
-        return float((self.cost * mask).sum())
+    def spent(self, mask: Tensor) -> list[float]:
+        """What a mask spends of each of :attr:`budgets`."""
+        return [budget.cost.of(mask) for budget in self.budgets]
 
-    def next_cost(self, importance: Tensor, kept: Tensor) -> float:
+    def next_cost(self, importance: Tensor, kept: Tensor) -> list[float]:
         """What the most important of the pruned blocks would cost; 0 if nothing is pruned."""
         pruned = ~kept.bool()
         if not bool(pruned.any()):
-            return 0.0
-        return float(self.cost[importance.masked_fill(~pruned, -torch.inf).argmax()])
+            return [0.0] * len(self.budgets)
+        first = importance.masked_fill(~pruned, -torch.inf).argmax()
+        return [float(budget.cost.increments(kept)[first]) for budget in self.budgets]
 
     def first(self, scores: Tensor) -> Tensor:
         """First importance, from scores of the blocks of :attr:`layers`."""
@@ -138,131 +186,14 @@ class BlockPlan:
             (f'{layer.name}.weight', layer.weight, where) for layer, where in zip(self.layers, gone)
         ]
 
+    def at_floor(self, importance: Tensor, kept: Tensor) -> set[str]:
+        """Names of layers that keep no more than their floor asks for."""
+        forced = self.floors.forced(importance)
+        parts = zip(
+            self.layers, kept.bool().split(self.layer_sizes), forced.split(self.layer_sizes)
+        )
+        return {x.name for x, stays, least in parts if bool((stays == least).all() & least.any())}
+
     def description(self) -> list[list[Any]]:
         """What tells one plan from another, in numbers, names and lists."""
         return [[layer.name, list(layer.view_shape), list(layer.block)] for layer in self.layers]
-
-
-class ChannelPlan:
-    """Coupled channels: every block is a unit of channels that can be cut out whole.
-
-    Attributes:
-        layers: The layers whose output channels are units, each output channel a block of its own:
-            what scores of units are computed from.
-        channels: All layers that lose channels.
-        groups: Units in the same places of the same layers.
-
-    The other attributes and methods are those of :class:`BlockPlan`.
-
-    Args:
-        channels: Layers of :func:`mmsmart.channels.find_channels`.
-        groups: Its groups.
-        excluded: What stays whole.
-        sparsity: Share of the cost to remove, in [0, 1).
-        positions: See :class:`BlockPlan`.
-        round_to: Channels left in each group are a multiple of it, or the whole group.
-    """
-
-    def __init__(
-        self,
-        channels: Sequence[ChannelLayer],
-        groups: Sequence[ChannelGroup],
-        excluded: Sequence[Excluded],
-        sparsity: float,
-        positions: dict[str, int] | None = None,
-        round_to: int = 1,
-    ) -> None:
-        self.channels, self.groups, self.excluded = list(channels), list(groups), list(excluded)
-        self.sparsity, self.round_to = sparsity, round_to
-        self.positions = positions
-        self.resource = 'params' if positions is None else 'macs'
-        self._cost = coupled_cost(self.channels, self.groups, positions)
-        self.total = self._cost.of(torch.ones(self.num_blocks))
-        self.budget = budget_for(torch.tensor(self.total).double(), sparsity)
-        producers = [x for x in self.channels if x.in_ is not None and bool((x.out >= 0).any())]
-        self.layers = [cut_layer(x.name, x.module, (1, -1, -1, -1)) for x in producers]
-        self._unit_of_score = torch.cat([layer.out for layer in producers])
-        self._carriers = [layer for layer in self.channels if layer.carries]
-        try:
-            coupled_topk(torch.zeros(self.num_blocks), self.budget, self._cost, round_to)
-        except ValueError as error:
-            raise ValueError(f'sparsity: {sparsity} is too high. {error}') from error
-
-    @property
-    def num_blocks(self) -> int:
-        return len(self._cost.group)
-
-    @property
-    def unit(self) -> str:
-        return 'parameters' if self.resource == 'params' else 'MACs'
-
-    @property
-    def weights(self) -> list[nn.Parameter]:
-        return [parameter for _, parameter, _ in self._carried()]
-
-    def _carried(self) -> list[tuple[ChannelLayer, nn.Parameter, int]]:
-        """Layer, parameter, and the axis of it that runs over the layer's output channels."""
-        found = []
-        for layer in self._carriers:
-            module = layer.module
-            axis = out_axis(module) if module.weight.ndim > 1 else 0
-            found.append((layer, module.weight, axis))
-            if module.bias is not None:
-                found.append((layer, module.bias, 0))
-        return found
-
-    def follow(self, device: torch.device) -> None:
-        pass  # costs are summed on the CPU, where they wait for nothing
-
-    def spread(self, mask: Tensor) -> Iterator[Tensor]:
-        with_rest = torch.cat([mask, mask.new_ones(1)])  # -1, the last: a channel that stays
-        for layer, parameter, axis in self._carried():
-            values = with_rest[layer.out.to(mask.device)]
-            yield values.reshape([-1 if i == axis else 1 for i in range(parameter.ndim)])
-
-    def gather(self, products: Iterable[Tensor | None], into: Tensor) -> Tensor:
-        for (layer, _, axis), product in zip(self._carried(), products):
-            if product is not None:
-                others = [i for i in range(product.ndim) if i != axis]
-                sums = product.sum(dim=others) if others else product
-                masked = (layer.out >= 0).to(into.device)
-                into.index_add_(0, layer.out.to(into.device)[masked], sums.to(into.dtype)[masked])
-        return into
-
-    def threshold(self, importance: Tensor, temperature: float, start: Tensor | None) -> Tensor:
-        return solve_coupled_threshold(importance, self.budget, temperature, self._cost, start)
-
-    def price(self, mask: Tensor) -> Tensor:
-        return self._cost.marginal(mask).to(mask.device)
-
-    def top(self, importance: Tensor) -> Tensor:
-        return coupled_topk(importance, self.budget, self._cost, self.round_to)[0]
-
-    def spent(self, mask: Tensor) -> float:
-        return self._cost.of(mask)
-
-    def next_cost(self, importance: Tensor, kept: Tensor) -> float:
-        _, following = coupled_topk(importance, self.budget, self._cost, self.round_to)
-        more = kept.float().cpu() + following.float().cpu()
-        return self._cost.of(more) - self._cost.of(kept)
-
-    def first(self, scores: Tensor) -> Tensor:
-        """Mean over all the layers that make a unit's channels, standardised anew."""
-        units = self._unit_of_score.to(scores.device)
-        made = units >= 0
-        sums = scores.new_zeros(self.num_blocks).index_add_(0, units[made], scores[made])
-        return standardised(sums / torch.bincount(units[made], minlength=self.num_blocks))
-
-    def pruned(self, kept: Tensor) -> list[tuple[str, nn.Parameter, Tensor]]:
-        return [
-            (f'{layer.name}.{key}', getattr(layer.module, key), where)
-            for layer in self.channels
-            for key, where in pruned_weights(layer, kept)
-        ]
-
-    def kept_channels(self, kept: Tensor) -> dict[str, Kept]:
-        """Channels that stay in every layer that loses some, by layer name."""
-        return {layer.name: layer.kept(kept) for layer in self.channels}
-
-    def description(self) -> list[list[Any]]:
-        return [[group.name, list(group.layers), len(group.units)] for group in self.groups]

@@ -14,7 +14,7 @@ from mmengine.model import revert_sync_batchnorm
 from torch import nn
 
 from mmsmart import install_masks
-from mmsmart.budget import count_positions
+from mmsmart.cost import count_positions
 from mmsmart.engine.export import load_model, read_config
 from mmsmart.engine.raw_forward import RawForward
 from mmsmart.importance import magnitude

@@ -2,27 +2,50 @@
 
 import itertools
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from mmsmart.functional import (
-    CoupledCost,
-    coupled_topk,
-    soft_mask,
-    soft_topk_vjp,
-    solve_coupled_threshold,
-)
+from mmsmart import functional
+from mmsmart.functional import CoupledCost, Curves, Limit, soft_mask, soft_topk_vjp, solve_limits
 
 temperatures = st.floats(-4, 3).map(lambda power: 10.0**power)
 counts = st.integers(0, 3)
+
+
+def solve_coupled_threshold(m, budget, temperature, cost, start=None):
+    """θ of one budget without floors."""
+    start = None if start is None else torch.as_tensor(start).double()
+    return solve_limits(m, [Limit(cost, budget)], temperature, start=start)
+
+
+def coupled_topk(m, budget, cost, round_to=1):
+    """The hard mask of one budget, at least one block of each group."""
+    least = torch.ones(cost.num_groups)
+    return functional.coupled_topk(m, [Limit(cost, budget)], cost.group, least, round_to)
+
+
 many, few = settings(max_examples=120), settings(max_examples=50)
 
 
 @st.composite
-def costs(draw, most_blocks=8):
+def curves(draw, layers):
+    """A function of the share of weights left for each layer, rising by random steps."""
+    points = []
+    for _ in range(layers):
+        inner = draw(st.lists(st.integers(1, 9), max_size=3, unique=True).map(sorted))
+        steps = draw(st.lists(counts, min_size=len(inner) + 2, max_size=len(inner) + 2))
+        values = itertools.accumulate(steps)
+        points.append(list(zip([0.0, *(x / 10 for x in inner), 1.0], map(float, values))))
+    return Curves.through(points)
+
+
+@st.composite
+def costs(draw, most_blocks=8, curved=False):
     """What a random network costs: groups of mixed blocks, layers between any of them."""
     sizes = draw(st.lists(st.integers(1, most_blocks), min_size=1, max_size=4))
     layers = draw(st.integers(1, 4))
@@ -42,6 +65,8 @@ def costs(draw, most_blocks=8):
         linear=table(len(sizes)),
         constant=float(draw(counts)),
     )
+    if curved and draw(st.booleans()):
+        cost = replace(cost, curves=draw(curves(layers)))
     assume(cost.of(torch.ones(len(blocks))) > cost.of(torch.zeros(len(blocks))))
     return cost
 
@@ -49,7 +74,7 @@ def costs(draw, most_blocks=8):
 @st.composite
 def problems(draw):
     """A cost, an importance and a budget between nothing and everything."""
-    cost = draw(costs())
+    cost = draw(costs(curved=True))
     size = len(cost.group)
     values = st.one_of(st.floats(-10, 10), st.sampled_from([0.0, 1.0]))
     m = torch.tensor(draw(st.lists(values, min_size=size, max_size=size)), dtype=torch.float64)
@@ -72,7 +97,12 @@ def counted(cost, mask):
     for layer, unit in enumerate(cost.unit.tolist()):
         outputs = side(cost.out[layer], cost.out_rest[layer])
         inputs = side(cost.in_[layer], cost.in_rest[layer])
-        total += unit * sum(a * b for a, b in itertools.product(outputs, inputs))
+        left = unit * sum(a * b for a, b in itertools.product(outputs, inputs))
+        if cost.curves is not None:
+            whole = unit * len(outputs) * len(inputs)
+            x, y = cost.curves.density[layer].numpy(), cost.curves.value[layer].numpy()
+            left = float(np.interp(left / whole, x, y)) if whole else y[0]
+        total += left
     return total
 
 
@@ -84,7 +114,7 @@ class TestCost:
         assert cost.of(mask) == counted(cost, mask)
 
     @few
-    @given(costs(), st.integers(0, 2**32))
+    @given(costs(curved=True), st.integers(0, 2**32))
     def test_cost_of_a_soft_mask_is_the_sum_over_all_pairs(self, cost, seed):
         generator = torch.Generator().manual_seed(seed)
         mask = torch.rand(len(cost.group), generator=generator, dtype=torch.float64)
@@ -103,6 +133,14 @@ class TestCost:
         close = dict(rtol=1e-9, atol=2e-9 * float(marginal.max()))
         torch.testing.assert_close(marginal, torch.tensor(slopes, dtype=torch.float64), **close)
         assert bool((marginal > 0).all())
+
+    def test_marginal_cost_follows_the_slope_of_the_curve(self):
+        # Three quarters of the weights are left; there the layer gains 6 for all of them.
+        steep = Curves.through([[(0, 0), (0.5, 1), (1, 4)], [(0, 0), (1, 2)]])
+        cost = replace(hidden_layer(4), curves=steep)
+        mask = torch.tensor([1.0, 1.0, 1.0, 0.0]).double()
+        assert cost.of(mask) == pytest.approx(2.5 + 1.5)
+        assert cost.marginal(mask).tolist() == pytest.approx([6 / 4 + 2 / 4] * 4)
 
 
 class TestSoftBudget:
@@ -342,8 +380,9 @@ class TestHardMask:
         with pytest.raises(ValueError) as error:
             coupled_topk(torch.randn(8), 11.9, hidden_layer(8), round_to=4)
         message = str(error.value)
-        assert message.startswith('budget: 11.9 is less than the 12 that 4 of the channels')
-        assert 'Lower the sparsity, or `round_to`' in message
+        assert message.startswith('budget: what the floors keep in each group (at least 4 of its')
+        assert '12 of 11.9' in message
+        assert 'Lower the sparsity, `round_to`, or `min_density`' in message
 
     def test_mask_has_the_dtype_of_importance(self):
         mask, following = coupled_topk(torch.zeros(3, dtype=torch.float32), 9.0, hidden_layer(3))
