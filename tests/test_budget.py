@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mmsmart.blocks import find_layers
-from mmsmart.budget import budget_for, check_sparsity
+from mmsmart.budget import budget_for, check_sparsity, read_targets
 from mmsmart.cost import block_cost, count_macs, count_positions
 
 few = settings(max_examples=60)
@@ -137,3 +137,44 @@ def test_macs_of_resnet18_equal_mmengines_count():
         positions = count_positions(model, lambda: model(image))
         theirs = analysis.FlopAnalyzer(model, image).by_operator()
     assert count_macs(model, positions) == theirs['conv'] + theirs['linear']
+
+
+class TestTargets:
+    @pytest.mark.parametrize(
+        ('sparsity', 'expected'),
+        [
+            (0.8, [('', 'macs', 0.8)]),
+            (dict(params=0.6, macs=0.5), [('', 'params', 0.6), ('', 'macs', 0.5)]),
+            (dict(backbone=0.8, neck=0), [('backbone', 'macs', 0.8), ('neck', 'macs', 0)]),
+            (
+                dict(backbone=dict(params=0.6, latency=0.2), head=0.1),
+                [('backbone', 'params', 0.6), ('backbone', 'latency', 0.2), ('head', 'macs', 0.1)],
+            ),
+        ],
+    )
+    def test_sparsity_is_read_by_resource_and_part(self, sparsity, expected):
+        found = read_targets(sparsity, 'macs')
+        assert [(x.part, x.resource, x.sparsity) for x in found] == expected
+
+    @pytest.mark.parametrize(
+        ('sparsity', 'parts'),
+        [
+            (1.0, ['sparsity: 1.0 is outside [0, 1)']),
+            ({}, ['got []']),
+            (dict(params=0.5, backbone=0.5), ["['params', 'backbone']", 'backbone=dict(']),
+            (dict(backbone=1.5), ['1.5 is outside', "sparsity['backbone']"]),
+            (dict(macs='half'), ["'half'", "sparsity['macs']"]),
+            (dict(backbone={}), ["'backbone': {}"]),
+            (dict(backbone=dict(flops=0.5)), ["unknown key 'flops'", 'latency']),
+            ({3: 0.5}, ['got 3: 0.5']),
+        ],
+    )
+    def test_a_wrong_sparsity_is_refused_by_name(self, sparsity, parts):
+        with pytest.raises(ValueError) as error:
+            read_targets(sparsity)
+        assert str(error.value).startswith('sparsity')
+        assert all(part in str(error.value) for part in parts), str(error.value)
+
+    def test_an_unknown_resource_is_refused(self):
+        with pytest.raises(ValueError, match=r"resource: got 'flops', allowed are \('params'"):
+            read_targets(0.5, 'flops')

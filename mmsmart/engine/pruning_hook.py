@@ -277,7 +277,10 @@ class SmartPruningHook(Hook):
 def _allowed(budget: Budget) -> str:
     target = budget.target
     part = f' of {target.part}' if target.part else ''
-    return f'{budget.amount:.8g} {budget.unit}{part} (sparsity {target.sparsity:g} of {budget.total:.8g})'
+    return (
+        f'{budget.amount:.8g} of {budget.total:.8g} {budget.unit}{part} '
+        f'(sparsity {target.sparsity:g})'
+    )
 
 
 def _plain_model(runner: Runner) -> nn.Module:

@@ -75,10 +75,11 @@ class Floors:
         short = before - self.by_block(begins) < self.by_block(self.least)
         return torch.zeros_like(short).index_put_((order,), short)
 
-    def worst_mask(self) -> Tensor:
-        """Shares of blocks that cost at least as much as any blocks the floors may force.
+    def most(self, cost: Cost) -> float:
+        """The most that what the floors force may cost, whatever the importance.
 
-        Provided that the blocks of a layer cost alike, or in proportion to their weights.
+        For layers whose blocks cost alike, or whose cost follows their density; as tight as blocks
+        of different sizes allow.
         """
         ones = torch.ones_like(self.sizes)
         ends = torch.segment_reduce(self.sizes, 'max', lengths=self.lengths)
@@ -90,7 +91,8 @@ class Floors:
         bound = torch.minimum(torch.minimum(even, ragged.maximum(self.least)), whole)
         bound = torch.where(self.least > 0, bound, torch.zeros_like(bound))
         by_weight = self.by_block(bound / whole)
-        return torch.maximum(by_weight, self.forced(-self.sizes).double())
+        most_blocks = self.forced(-self.sizes).double()
+        return max(cost.of(by_weight), cost.of(most_blocks))
 
     def by_block(self, values: Tensor) -> Tensor:
         """Give every block the value of its layer."""

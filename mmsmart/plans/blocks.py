@@ -96,7 +96,7 @@ class BlockPlan:
                     + (f'and what no block can save ({empty:g} + ' if empty else '(')
                     + f'{smallest:g}). Lower it, or choose smaller blocks.'
                 )
-            held = budget.cost.of(self.floors.worst_mask())
+            held = self.floors.most(budget.cost)
             if held > budget.amount:
                 raise ValueError(
                     f'sparsity: {target.sparsity} leaves{where} a budget of {budget.amount:g} '
@@ -112,7 +112,7 @@ class BlockPlan:
 
     @property
     def cost(self) -> Tensor:
-        """Cost of every block in the first budget, float64 `(num_blocks,)`; marginal where curved."""
+        """Cost of every block in the first budget, `(num_blocks,)`; marginal where curved."""
         return self.budgets[0].cost.marginal(torch.ones(self.num_blocks, device=self._device))
 
     @property

@@ -21,8 +21,8 @@ _UNUSED = 'not run in the prediction for one image: it costs no MACs'
 class JointPlan:
     """Several plans one after the other, each with budgets of its own.
 
-    Attributes and methods are those of :class:`mmsmart.plans.BlockPlan`; vectors of blocks are those
-    of the plans joined, thresholds a list of theirs.
+    Attributes and methods are those of :class:`mmsmart.plans.BlockPlan`; vectors of blocks are
+    those of the plans joined, thresholds a list of theirs.
 
     Args:
         plans: At least one; no layer is in two of them.

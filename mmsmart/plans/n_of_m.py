@@ -101,7 +101,7 @@ class NOfMPlan:
         return [[layer.name, list(layer.view_shape), [self.n, self.m]] for layer in self.layers]
 
     def _rows(self, values: Tensor) -> Tensor:
-        """Values of the weights, `(num_blocks,)`, as groups `(rows, M)`, zero where a group ends."""
+        """Values of the weights, `(num_blocks,)`, as groups `(rows, M)`; padded with zeros."""
         rows = []
         for layer, part in zip(self.layers, values.split(self.layer_sizes)):
             along = part.reshape(layer.view_shape).movedim(layer.input_axis, -1)
