@@ -52,7 +52,9 @@ def test_blocks_cost_alike_and_curves_follow_the_density(table):
 
 
 def test_a_table_of_blocks_alone_is_a_sum():
-    table = read_table({'layers': [{'pattern': '*', 'block': 0.5}, {'pattern': 'head', 'block': 3}]})
+    table = read_table(
+        {'layers': [{'pattern': '*', 'block': 0.5}, {'pattern': 'head', 'block': 3}]}
+    )
     assert table.of_blocks(layers()).cost.tolist() == [0.5] * 6 + [3.0] * 4
 
 
@@ -137,11 +139,13 @@ def test_a_missing_file_is_named(tmp_path):
 
 values = st.recursive(
     st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=4)
-    | st.dictionaries(
-        st.sampled_from(['unit', 'layers', 'pattern', 'block', 'fixed', 'curve']) | st.text(),
-        inner,
-        max_size=4,
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(['unit', 'layers', 'pattern', 'block', 'fixed', 'curve']) | st.text(),
+            inner,
+            max_size=4,
+        )
     ),
     max_leaves=12,
 )

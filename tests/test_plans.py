@@ -304,7 +304,7 @@ def test_limits_and_floors_hold_or_an_error_says_which_can_not(
     assert_limits_hold(masks, masks.hard_mask(), rel=1e-12)
     for layer in masks.layers:
         shares = [share for name, share in floors if name in ('*', layer.name)
-                  or name == 'backbone.*' and layer.name.startswith('backbone')]  # fmt: skip
+                  or (name == 'backbone.*' and layer.name.startswith('backbone'))]  # fmt: skip
         left = float((layer.weight != 0).double().mean())
         assert left >= shares[-1] - 1e-9 if shares else left > 0
 
