@@ -1,5 +1,7 @@
 """Tests of plans through the masks they make: budgets by resource and part, floors, N of M."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -123,7 +125,7 @@ def test_latency_is_that_of_the_table():
         if layer.name == 'neck':
             density = float((layer.sizes() * kept.double()).sum() / layer.sizes().sum())
             points = [(0, 1.0), (0.4, 1.5), (0.5, 6.0), (1, 7.0)]
-            for (x0, y0), (x1, y1) in zip(points, points[1:]):
+            for (x0, y0), (x1, y1) in itertools.pairwise(points):
                 if x0 <= density <= x1:
                     value = y0 + (y1 - y0) * (density - x0) / (x1 - x0)
             expected += value
@@ -377,7 +379,7 @@ def test_n_of_m_beside_blocks_leaves_the_budget_to_the_blocks():
 
 
 def test_a_sparsity_that_n_of_m_does_not_give_is_a_contradiction():
-    with pytest.raises(ValueError, match='0.8 contradicts the block 2:4, which removes 0.5'):
+    with pytest.raises(ValueError, match=r'0\.8 contradicts the block 2:4, which removes 0\.5'):
         install_masks(net(), 0.8, '2:4')
 
 
