@@ -79,6 +79,7 @@ setup(
     ],
     packages=find_packages(include=['mmsmart', 'mmsmart.*']),
     include_package_data=False,
+    package_data={'mmsmart.html_report': ['page.html']},
     python_requires='>=3.10',
     cmdclass={'build_py': BuildWithMim},
     zip_safe=False,

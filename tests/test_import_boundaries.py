@@ -31,6 +31,7 @@ FLOOR = {
     'packed': 8,
     'report': 8,
     'html_report': 8,
+    'sensitivity': 8,
     '__init__': 9,
     'engine': 10,
     'datasets': 10,

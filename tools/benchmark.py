@@ -51,12 +51,20 @@ def distinct(file: str, files: Sequence[str]) -> str:
     return name if [Path(other).name for other in files].count(name) == 1 else file
 
 
+def steps(files: Sequence[str], onnx: bool) -> int:
+    """How often the measurement says what it does: building, exporting, measuring, memory."""
+    exported = 1 + sum(Path(file).suffix not in ('.onnx', '.pt2') for file in files) if onnx else 0
+    rows = 1 + len(files)
+    return rows + exported + 1 + rows + exported
+
+
 def main() -> None:
     args = parse_args()
     warnings.filterwarnings('ignore', module=r'(mmengine|mmpretrain|mmdet|mmseg|mmcv|torch)\b')
     import torch
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
+    from rich.progress import Progress
     from rich.table import Table
 
     from mmsmart.engine import benchmark
@@ -71,10 +79,14 @@ def main() -> None:
         for name, file in files.items()
     }
     try:
-        with tempfile.TemporaryDirectory() as folder, console.status('') as status:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            Progress(console=console, transient=True, refresh_per_second=4) as progress,
+        ):
+            task = progress.add_task('', total=steps(args.files, args.onnx))
             rows = benchmark.benchmark(
                 subjects, args.rounds, folder if args.onnx else None, not args.no_memory,
-                status.update,
+                lambda what: progress.update(task, advance=1, description=what),
             )  # fmt: skip
     except (ValueError, FileNotFoundError, ImportError, ArithmeticError) as error:
         raise SystemExit(f'tools/benchmark.py: {error}') from error

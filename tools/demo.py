@@ -1,5 +1,9 @@
 """Prune a real model from start to end, without a download: `make demo` and its siblings.
 
+    python tools/demo.py
+    python tools/demo.py det --sparsity 0.7 --work-dir work_dirs/yolox
+    python tools/demo.py seg --resume
+
 digits   a narrow ResNet-18 on scikit-learn's handwritten digits (`make demo`)
 det      a narrow YOLOX-tiny on scenes of these digits on photographs (`make demo-det`)
 inst     a narrow Mask R-CNN on such scenes (`make demo-inst`)
@@ -119,11 +123,12 @@ def main() -> None:
         files = {'dense': dense_checkpoint(config), 'pruned': work_dir / 'pruned.pth'}
         name = demo.metric.removeprefix('coco/').replace('_', ' ')
         titles = {which: f'{which}\n{name} {report[which][demo.metric]:.2f}' for which in files}
-        draw_predictions(
-            config,
-            {titles[which]: file for which, file in files.items()},
-            work_dir / 'predictions.png',
-        )
+        with console.status('drawing what both see'):
+            draw_predictions(
+                config,
+                {titles[which]: file for which, file in files.items()},
+                work_dir / 'predictions.png',
+            )
     for table in reversed(summary_tables(report)):
         console.print(table)
     console.print(f'Took {seconds:.0f} s. In {work_dir}/:')
@@ -132,6 +137,7 @@ def main() -> None:
     console.print('  pruning.png      where the network was cut')
     if demo.metric:
         console.print('  predictions.png  what dense and pruned model see in scenes of the test')
+    console.print(f'All of it on one page: python tools/report.py {work_dir}', soft_wrap=True)
 
 
 def dense_checkpoint(config: Any) -> Path:

@@ -57,6 +57,8 @@ def parse_args(args: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     warnings.filterwarnings('ignore', module=r'(mmengine|mmpretrain|mmdet|mmseg|mmcv|torch)\b')
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
     from mmsmart.engine import export
 
     out = Path(args.out or Path(args.checkpoint).with_suffix(''))
@@ -66,13 +68,16 @@ def main() -> None:
         config = export.read_config(args.config, args.cfg_options)
         given = (config, args.checkpoint, out)
         out.parent.mkdir(parents=True, exist_ok=True)
-        difference = {
-            'checkpoint': lambda: export.export_checkpoint(*given),
-            'blocks': lambda: export.export_blocks(*given, args.report),
-            'shrunk': lambda: export.export_shrunk(*given, args.structure, args.shape),
-            'onnx': lambda: export.export_onnx(*given, args.shape, args.dynamic_batch),
-            'pt2': lambda: export.export_pt2(*given, args.shape),
-        }[args.to]()
+        columns = (TextColumn('{task.description}'), BarColumn(), TimeElapsedColumn())
+        with Progress(*columns, transient=True) as progress:
+            progress.add_task(f'writing {out.name}', total=None)
+            difference = {
+                'checkpoint': lambda: export.export_checkpoint(*given),
+                'blocks': lambda: export.export_blocks(*given, args.report),
+                'shrunk': lambda: export.export_shrunk(*given, args.structure, args.shape),
+                'onnx': lambda: export.export_onnx(*given, args.shape, args.dynamic_batch),
+                'pt2': lambda: export.export_pt2(*given, args.shape),
+            }[args.to]()
     except (ValueError, FileNotFoundError, ImportError, ArithmeticError) as error:
         raise SystemExit(f'tools/export.py: {error}') from error
     print(f'{out} ({out.stat().st_size / 1e6:.2f} MB)')

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import copy
 import json
-import pickle
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from mmengine.config import Config
-from mmengine.logging import HistoryBuffer
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor, nn
 
+from mmsmart.engine.checkpoints import load_checkpoint
 from mmsmart.engine.raw_forward import RawForward, example_input, upstream_settings
 from mmsmart.engine.stock_tools import enable_inheritance
 from mmsmart.export import (
@@ -99,17 +97,7 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
         raise FileNotFoundError(f'{path}: there is no such checkpoint.')
     if path.suffix == '.safetensors':
         return load_packed(path), load_packed_meta(path)
-    try:
-        with torch.serialization.safe_globals(_found_in_mmengine_checkpoints()):
-            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        message = (
-            f'{path}: not a checkpoint, or one that holds more than tensors, numbers and text (it '
-            'is read with weights_only=True).'
-        )
-        raise ValueError(message) from error
-    if not isinstance(checkpoint, dict):
-        raise ValueError(f'{path}: it holds a {type(checkpoint).__name__}, not a checkpoint.')
+    checkpoint = load_checkpoint(path)
     masks = (checkpoint.get('optimizer') or {}).get('smart', {}).get('masks')
     if masks is not None and masks['state'] != 'hard':
         raise ValueError(
@@ -252,14 +240,6 @@ def export_pt2(
 def _kept(meta: dict[str, Any]) -> dict[str, Any]:
     """What a run notes of itself stays behind; what the classes are goes with the weights."""
     return {key: meta[key] for key in ('dataset_meta',) if meta.get(key)}
-
-
-def _found_in_mmengine_checkpoints() -> list[Any]:
-    """Types of the log that MMEngine saves beside the weights; none of them runs foreign code."""
-    core = np._core if hasattr(np, '_core') else np.core
-    arrays = [core.multiarray._reconstruct, core.multiarray.scalar, np.ndarray, np.dtype]
-    kinds = [type(np.dtype(kind)) for kind in ('float32', 'float64', 'int64', 'uint32', 'bool')]
-    return [*arrays, *kinds, HistoryBuffer, getattr]
 
 
 def _other_shapes(model: nn.Module, state: dict[str, Tensor]) -> bool:

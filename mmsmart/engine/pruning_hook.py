@@ -19,7 +19,9 @@ from mmsmart.engine.calibration import first_importance, layer_positions
 from mmsmart.engine.config import METHODS, ImportanceStart, Stages, Temperature, build
 from mmsmart.engine.diagnosis import check_checkpoint
 from mmsmart.engine.optim_wrapper import MaskedStep
+from mmsmart.engine.pictures import show_masks
 from mmsmart.engine.random_state import ResumableRandomness
+from mmsmart.engine.run_log import note_start
 from mmsmart.export import save_plain_checkpoint, save_shrunk
 from mmsmart.masking import BlockMasks, masks_of
 from mmsmart.plans import ChannelPlan
@@ -64,7 +66,7 @@ class SmartPruningHook(Hook):
         self.schedule = build(Temperature, 'smart.temperature', temperature).schedule()
         self.start: ImportanceStart = build(ImportanceStart, 'smart.importance', importance)
         self.masks: BlockMasks | None = None
-        self._begin = self._end = 0
+        self._begin = self._end = self._shown = 0
         self._metrics: dict[str, float] = {}
         self._metrics_iter: int | None = None
         self._positions: dict[str, int] = {}
@@ -131,6 +133,12 @@ class SmartPruningHook(Hook):
             )
         counted = self.masks.positions
         self._positions = counted or layer_positions(runner, _plain_model(runner))
+        note_start(runner, self.masks, self._positions, self._begin, self._end, self.method)
+        if runner.iter < self._begin:
+            runner.logger.info(
+                f'mmsmart: dense training up to iteration {self._begin}, then search to '
+                f'{self._end} and fine-tuning to {runner.max_iters}.'
+            )
 
     def before_train_epoch(self, runner: Runner) -> None:
         self._randomness.before_epoch(runner)
@@ -164,6 +172,10 @@ class SmartPruningHook(Hook):
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         self._metrics, self._metrics_iter = dict(metrics or {}), runner.iter
+        # About ten pictures of a search, however often it is validated.
+        is_due = runner.iter - self._shown >= (self._end - self._begin) / 10
+        if self.masks is not None and self.masks.state == 'soft' and is_due:
+            self._show(runner)
 
     def after_val(self, runner: Runner) -> None:
         self._randomness.after_validation()
@@ -196,6 +208,7 @@ class SmartPruningHook(Hook):
         init = 'magnitude' if self.method == 'magnitude' else self.start.init
         importance = first_importance(runner, model, masks, init, self.start.batches)
         masks.begin(importance, self._temperature(self._begin))
+        self._show(runner)
         runner.logger.info(
             f'mmsmart: search over iterations {self._begin} to {self._end}: {masks.num_blocks} '
             f'blocks in {len(masks.layers)} layers; {len(masks.excluded)} layers left dense. '
@@ -207,6 +220,7 @@ class SmartPruningHook(Hook):
     def _harden(self, runner: Runner) -> None:
         masks = self.masks
         masks.harden()
+        self._show(runner)
         for hook in runner.hooks:
             if isinstance(hook, EMAHook):
                 masks.zero_pruned(hook.ema_model.module)
@@ -222,6 +236,10 @@ class SmartPruningHook(Hook):
                 for cost, budget in zip(masks.kept_costs(), masks.budgets)
             )
         )
+
+    def _show(self, runner: Runner) -> None:
+        show_masks(runner, self.masks)
+        self._shown = runner.iter
 
     def _measure(self, runner: Runner) -> None:
         """Validate now, unless the last validation was at this very iteration."""

@@ -214,6 +214,7 @@ def train_here(config: dict[str, Any]) -> list[dict[str, Any]]:
     importlib.import_module('engine.probes')
     pruning_hook = importlib.import_module('mmsmart.engine.pruning_hook')
     pruning_hook.draw_report = lambda *args: None  # takes longer than the run
+    pruning_hook.show_masks = lambda *args: None  # and so does this
     from mmengine.config import Config
     from mmengine.registry import RUNNERS
     from mmengine.runner import Runner

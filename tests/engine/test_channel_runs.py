@@ -234,7 +234,7 @@ def test_a_wrong_setting_is_refused_by_its_key(smart, message):
     ('smart', 'parts'),
     [
         (dict(round_to=0), ['round_to', '0', 'integer above 0']),
-        (dict(sparsity=0.99), ['sparsity: 0.99 of the macs is too high', 'Lower the sparsity, `round_to`']),
+        (dict(sparsity=0.99), ['0.99 of the macs is too high', 'Lower the sparsity, `round_to`']),
         (dict(layers=[dict(pattern='backbone*', exclude=True)]), ['finds nothing to cut']),
         (dict(layers=[dict(pattern='head*', block=(1, 1, 1, 1))]), ['layers[0].block', 'channel']),
     ],

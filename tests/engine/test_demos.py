@@ -49,6 +49,7 @@ def run_and_draw(config):
     from mmsmart.engine.predictions import draw_predictions
 
     pruning_hook.draw_report = lambda *args: None  # takes longer than the run
+    pruning_hook.show_masks = lambda *args: None  # and so does this
     config = Config(config)
     RUNNERS.build(config).train()
     work_dir = Path(config.work_dir)
