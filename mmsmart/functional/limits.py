@@ -142,8 +142,8 @@ def solve_limits(
         return theta
     by_layer = theta.expand(len(floors.lengths)).clone()
     pinned = torch.zeros_like(by_layer, dtype=torch.bool)
+    mask = soft_mask(importance, theta, temperature)
     while True:
-        mask = soft_mask(importance, floors.by_block(by_layer), temperature)
         short = (floors.kept(mask) < floors.least * (1 - 1e-6)) & ~pinned
         if not bool(short.any()):
             break
@@ -156,6 +156,7 @@ def solve_limits(
         free = floors.by_block(~pinned)
         theta = _shared(importance, limits, temperature, free, held, theta)
         by_layer = torch.where(pinned, by_layer, theta)
+        mask = soft_mask(importance, floors.by_block(by_layer), temperature)
     return torch.cat([theta.reshape(1), by_layer]) if bool(pinned.any()) else theta
 
 
