@@ -7,11 +7,12 @@
 # docs/configuration.md says what each key does.
 runner_type = 'mmsmart.SmartRunner'
 smart = dict(
-    # share of the resource to remove, in [0, 1): 0.5 if not given (of '2:4' and the like, what they
-    # remove); or by resource, dict(params=0.6, macs=0.5), or by part, dict(backbone=0.8, neck=0.6)
-    sparsity=None,
-    # instead of a sparsity: points of the validated metric that may be lost; short runs find it
-    max_drop=None,
+    # Not set here, since a dict can't inherit from a number:
+    # sparsity: share of the resource to remove, in [0, 1), 0.5 if not given; or by resource,
+    #     dict(params=0.6, macs=0.5), or by part, dict(backbone=0.8, neck=0.6)
+    # max_drop: instead of a sparsity, points of the validated metric that may be lost, for which
+    #     short runs find the highest
+    # latency: for budgets of latency, path of a YAML or JSON table, or the table as a dict
     # (out, in, kh, kw), -1 is the whole axis, or as a string, '16x8'; '2:4', two of every four
     # weights along the input axis; or 'channel', coupled channels that can be cut out
     block=(16, 8, 1, 1),
@@ -19,8 +20,6 @@ smart = dict(
     round_to=1,
     # what a plain sparsity counts: 'params', 'macs' or 'latency'
     resource='params',
-    # for 'latency': path of a YAML or JSON table of your hardware's latencies, or the table
-    latency=None,
     # 'smart', or 'magnitude' for one-shot magnitude pruning
     method='smart',
     # shares of the run's iterations; they add up to 1

@@ -216,7 +216,7 @@ class Smart:
                 f'smart.max_drop: {self.max_drop!r} finds the sparsity, and smart.sparsity says '
                 f'{self.sparsity!r}. Leave one of them out.'
             )
-        if self.max_drop is not None and self.removed() != 0.5:
+        if self.max_drop is not None and isinstance(self.block, str) and ':' in self.block:
             raise ValueError(
                 f'smart.max_drop: the block {self.block!r} fixes the sparsity, so none is found.'
             )

@@ -21,6 +21,7 @@ from engine.runs import (
     train,
     train_here,
     with_parts,
+    write_config,
 )
 from mmsmart.engine.config import Importance, Smart, Stages, Temperature, build
 
@@ -280,10 +281,28 @@ def test_base_file_states_the_defaults_of_the_code():
     for key, value in dataclasses.asdict(Smart()).items():
         if key in parts:
             assert stated.pop(key) == dataclasses.asdict(parts[key]())
+        elif value is None:
+            assert key not in stated, 'a dict could not be given for it'
         else:
             written = stated.pop(key)
             assert written == (list(value) if isinstance(written, list) else value), key
     assert not stated
+
+
+@pytest.mark.parametrize(
+    'smart',
+    [
+        dict(sparsity=dict(params=0.6, macs=0.5)),
+        dict(sparsity=dict(backbone=0.5, neck=dict(macs=0.1))),
+        dict(max_drop=dict(drop=0.5, trials=3)),
+        dict(sparsity=0.5, resource='latency', latency=dict(layers=[dict(pattern='*', block=1)])),
+    ],
+    ids=['resources', 'parts', 'max_drop', 'latency'],
+)
+def test_what_may_be_a_dict_may_be_one_beside_the_base_file(smart, tmp_path):
+    path = write_config(tmp_path / 'mine.py', dict(smart=smart), bases=[BASE])
+    built = build(Smart, 'smart', Config.fromfile(path).smart.to_dict())
+    assert all(getattr(built, key) == value for key, value in smart.items())
 
 
 def test_defaults_of_the_hook_and_the_wrapper_are_those_of_the_base_file():
