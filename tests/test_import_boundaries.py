@@ -30,12 +30,14 @@ FLOOR = {
     'export': 7,
     'packed': 8,
     'report': 8,
-    'html_report': 8,
+    'drawing': 9,
+    'html_report': 10,
     'sensitivity': 8,
+    'executor': 9,
     '__init__': 9,
-    'engine': 10,
-    'datasets': 10,
-    '__main__': 10,
+    'engine': 11,
+    'datasets': 11,
+    '__main__': 11,
 }
 MAY_IMPORT_UPSTREAM = {'registry', 'engine', 'datasets'}
 

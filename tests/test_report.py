@@ -11,7 +11,8 @@ from torch import nn
 
 from mmsmart import install_masks
 from mmsmart.cost import count_positions
-from mmsmart.report import draw_report, pruning_report, save_report, summary_tables
+from mmsmart.drawing import draw_report
+from mmsmart.report import pruning_report, save_report, summary_tables
 
 # The contract of pruning.json; `groups` is what a reader needs to cut a grouped layer himself.
 TOP = [

@@ -15,6 +15,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 from mmsmart.budget import Budget
+from mmsmart.drawing import draw_report
 from mmsmart.engine.calibration import first_importance, layer_positions
 from mmsmart.engine.config import METHODS, ImportanceStart, Stages, Temperature, build
 from mmsmart.engine.diagnosis import check_checkpoint
@@ -26,7 +27,7 @@ from mmsmart.export import save_plain_checkpoint, save_shrunk
 from mmsmart.masking import BlockMasks, masks_of
 from mmsmart.plans import ChannelPlan
 from mmsmart.registry import HOOKS
-from mmsmart.report import draw_report, pruning_report, save_report
+from mmsmart.report import pruning_report, save_report
 
 _DENSE_METRICS = 'smart_dense_metrics'
 

@@ -16,6 +16,7 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from mmsmart.drawing import wrapped
 from mmsmart.html_report.run import TITLES, Layer, Run, short
 from mmsmart.html_report.theme import Theme
 
@@ -172,7 +173,7 @@ def draw_map(theme: Theme, axes: Any, layer: Layer, above: str = '') -> None:
     # Few of many positions are easily overlooked: the power makes them stronger.
     axes.imshow(layer.image, cmap=theme.shades, norm=PowerNorm(0.7, 0, 1), aspect='auto')
     kept = f'{layer.density:.0%} of {"×".join(map(str, layer.shape))}'
-    axes.set_title(f'{above}{_wrapped(layer.name)}\n{kept}', fontsize=8.5, weight='normal')
+    axes.set_title(f'{above}{wrapped(layer.name, 32)}\n{kept}', fontsize=8.5, weight='normal')
     axes.tick_params(labelsize=7.5)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(4, integer=True))
@@ -290,15 +291,3 @@ def _name_shares(theme: Theme, axes: Any, layers: Sequence[Layer]) -> None:
                 color=theme.ground if inside else theme.text,
                 bbox=None if inside else dict(facecolor=theme.empty, edgecolor='none', pad=0.6),
             )  # fmt: skip
-
-
-def _wrapped(name: str, width: int = 32) -> str:
-    """Break a module's name at its dots into lines that fit above a map."""
-    lines = ['']
-    for part in name.split('.'):
-        joined = f'{lines[-1]}.{part}' if lines[-1] else part
-        if len(joined) <= width or not lines[-1]:
-            lines[-1] = joined
-        else:
-            lines.append(f'.{part}')
-    return '\n'.join(lines)

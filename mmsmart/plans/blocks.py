@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmsmart.blocks import BlockLayer, Excluded
 from mmsmart.budget import Budget, Target, make_budget
@@ -21,18 +21,16 @@ from mmsmart.functional import (
     tightest,
 )
 from mmsmart.latency import LatencyTable
+from mmsmart.plans.layers import LayerPlan
 
 UNITS = {'params': 'weights', 'macs': 'MACs'}
 
 
-class BlockPlan:
+class BlockPlan(LayerPlan):
     """Blocks of weights: every block is a set of weights of one layer, and costs what it holds.
 
     Attributes:
-        layers: The layers cut into blocks; block vectors follow their order.
-        excluded: Weights that stay dense, with the reason.
         budgets: What may be kept, one a target; the tightest is met, the others hold.
-        layer_sizes: Number of blocks of each layer.
         floors: What every layer keeps at least.
 
     Args:
@@ -57,8 +55,7 @@ class BlockPlan:
         least: dict[str, float | None] | None = None,
         excluded: Sequence[Excluded] = (),
     ) -> None:
-        self.layers, self.excluded = list(layers), list(excluded)
-        self.layer_sizes = [layer.num_blocks for layer in self.layers]
+        super().__init__(layers, excluded)
         self.budgets = [self._budget(target, positions, table) for target in targets]
         self.floors = self._floors(least or {})
         self._check()
@@ -107,18 +104,9 @@ class BlockPlan:
                 )
 
     @property
-    def num_blocks(self) -> int:
-        return sum(self.layer_sizes)
-
-    @property
     def cost(self) -> Tensor:
         """Cost of every block in the first budget, `(num_blocks,)`; marginal where curved."""
         return self.budgets[0].cost.marginal(torch.ones(self.num_blocks, device=self._device))
-
-    @property
-    def weights(self) -> list[nn.Parameter]:
-        """The parameters that the soft mask multiplies."""
-        return [layer.weight for layer in self.layers]
 
     @property
     def _device(self) -> torch.device:
@@ -128,18 +116,6 @@ class BlockPlan:
         """The model has moved to this device."""
         self.budgets = [budget.to(device) for budget in self.budgets]
         self.floors = self.floors.to(device)
-
-    def spread(self, mask: Tensor) -> Iterator[Tensor]:
-        """For each of :attr:`weights`, one after the other, what multiplies it, broadcastable."""
-        for layer, part in zip(self.layers, mask.split(self.layer_sizes)):
-            yield layer.expand(part)
-
-    def gather(self, products: Iterable[Tensor | None], into: Tensor) -> Tensor:
-        """Sum what was computed for each of :attr:`weights` over every block, `(num_blocks,)`."""
-        for layer, part, product in zip(self.layers, into.split(self.layer_sizes), products):
-            if product is not None:
-                part.copy_(layer.reduce(product))
-        return into
 
     def thresholds(self, importance: Tensor, temperature: float, start: Tensor | None) -> Tensor:
         """θ of the soft mask that meets the budgets and floors."""
@@ -174,17 +150,6 @@ class BlockPlan:
             return [0.0] * len(self.budgets)
         first = importance.masked_fill(~pruned, -torch.inf).argmax()
         return [float(budget.cost.increments(kept)[first]) for budget in self.budgets]
-
-    def first(self, scores: Tensor) -> Tensor:
-        """First importance, from scores of the blocks of :attr:`layers`."""
-        return scores
-
-    def pruned(self, kept: Tensor) -> list[tuple[str, nn.Parameter, Tensor]]:
-        """Every parameter with pruned weights: key, parameter, and where it is pruned, bool."""
-        gone = self.spread(~kept)
-        return [
-            (f'{layer.name}.weight', layer.weight, where) for layer, where in zip(self.layers, gone)
-        ]
 
     def at_floor(self, importance: Tensor, kept: Tensor) -> set[str]:
         """Names of layers that keep no more than their floor asks for."""

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from mmsmart.blocks import BlockLayer, Excluded
 from mmsmart.budget import Budget, Target
 from mmsmart.functional import LinearCost, rows_mask, rows_topk, rows_vjp, solve_row_thresholds
+from mmsmart.plans.layers import LayerPlan
 
 
-class NOfMPlan:
+class NOfMPlan(LayerPlan):
     """Of every M weights side by side along the input axis, at most N stay.
 
     A group at a ragged end holds fewer than M weights; it, too, keeps at most N. There is no budget
@@ -28,8 +29,7 @@ class NOfMPlan:
     """
 
     def __init__(self, layers: Sequence[BlockLayer], excluded: Sequence[Excluded] = ()) -> None:
-        self.layers, self.excluded = list(layers), list(excluded)
-        self.layer_sizes = [layer.num_blocks for layer in self.layers]
+        super().__init__(layers, excluded)
         self.n, self.m = self.layers[0].n_of_m
         self._valid = self._rows(torch.ones(self.num_blocks)).bool()
         amount = float(self._valid.sum(1).clamp_max(self.n).sum())
@@ -38,27 +38,9 @@ class NOfMPlan:
         cost = LinearCost(torch.ones(self.num_blocks, dtype=torch.float64))
         self.budgets = [Budget(target, cost, total, amount, 'weights')]
 
-    @property
-    def num_blocks(self) -> int:
-        return sum(self.layer_sizes)
-
-    @property
-    def weights(self) -> list[nn.Parameter]:
-        return [layer.weight for layer in self.layers]
-
     def follow(self, device: torch.device) -> None:
         self._valid = self._valid.to(device)
         self.budgets = [budget.to(device) for budget in self.budgets]
-
-    def spread(self, mask: Tensor) -> Iterator[Tensor]:
-        for layer, part in zip(self.layers, mask.split(self.layer_sizes)):
-            yield layer.expand(part)
-
-    def gather(self, products: Iterable[Tensor | None], into: Tensor) -> Tensor:
-        for layer, part, product in zip(self.layers, into.split(self.layer_sizes), products):
-            if product is not None:
-                part.copy_(layer.reduce(product))
-        return into
 
     def thresholds(self, importance: Tensor, temperature: float, start: Tensor | None) -> Tensor:
         rows = self._rows(importance)
@@ -84,15 +66,6 @@ class NOfMPlan:
 
     def next_cost(self, importance: Tensor, kept: Tensor) -> list[float]:
         return [0.0 if bool(kept.all()) else 1.0]
-
-    def first(self, scores: Tensor) -> Tensor:
-        return scores
-
-    def pruned(self, kept: Tensor) -> list[tuple[str, nn.Parameter, Tensor]]:
-        gone = self.spread(~kept)
-        return [
-            (f'{layer.name}.weight', layer.weight, where) for layer, where in zip(self.layers, gone)
-        ]
 
     def at_floor(self, importance: Tensor, kept: Tensor) -> set[str]:
         return set()
