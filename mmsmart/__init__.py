@@ -4,7 +4,21 @@ This package imports torch alone; what needs MMEngine lives in :mod:`mmsmart.eng
 by MMEngine's registries when a config names it.
 """
 
-from mmsmart.masking import BlockMasks, install_masks, masks_of, remove_masks
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from mmsmart.version import __version__
 
+if TYPE_CHECKING:
+    from mmsmart.masking import BlockMasks, install_masks, masks_of, remove_masks
+
 __all__ = ['BlockMasks', '__version__', 'install_masks', 'masks_of', 'remove_masks']
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when they are asked for: `python -m mmsmart` must run where torch is missing.
+    if name in __all__:
+        return getattr(importlib.import_module('mmsmart.masking'), name)
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -137,7 +137,7 @@ def trace_ties(model: nn.Module, forward: Forward) -> ChannelTies:
         import torch_pruning
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "block='channel' needs Torch-Pruning: pip install 'mmsmart[channel]'."
+            "block='channel' needs Torch-Pruning: pip install torch-pruning."
         ) from error
 
     # Frozen layers would end the graph; in eval mode norms learn nothing from the example.

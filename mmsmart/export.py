@@ -177,7 +177,7 @@ def _require(*packages: str) -> None:
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(
-            f"{' and '.join(missing)} not installed. Install it: pip install 'mmsmart[export]'"
+            f'{" and ".join(missing)} not installed. Install it: pip install {" ".join(missing)}'
         )
 
 

@@ -51,6 +51,10 @@ _NEEDS = [
     _same_in_both('pytest', 'pytest', '7.4'),
     _same_in_both('hypothesis', 'hypothesis', '6.80'),
     _same_in_both('ruff', 'ruff', '0.17'),
+    _same_in_both('mkdocs', 'mkdocs', '1.6'),
+    _same_in_both('material', 'mkdocs-material', '9.6'),
+    _same_in_both('mkdocstrings', 'mkdocstrings-python', '2.0'),
+    _same_in_both('latex2mathml', 'latex2mathml', '3.78'),
 ]
 NEEDS = {need.module: need for need in _NEEDS}
 MMCV_OPS = 'mmcv._ext'  # not a package: the compiled part of mmcv
@@ -59,6 +63,7 @@ _DEMO = ['torch', 'torchvision', 'mmengine', 'mmcv', 'mmpretrain', 'numpy', 'mat
 _EXPORT = ['onnx', 'onnxruntime', 'onnxscript', 'safetensors']
 PARTS = {
     'lint': ['ruff'],
+    'docs': ['mkdocs', 'material', 'mkdocstrings', 'latex2mathml'],
     'demo': _DEMO,
     'demo-seg': [*_DEMO, 'mmseg'],
     'demo-det': [*_DEMO, MMCV_OPS, 'mmdet'],

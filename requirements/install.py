@@ -49,6 +49,7 @@ OLDEST, NEWEST = (3, 11), (3, 11)  # the Pythons that the pinned versions were t
 _DEMO = ['demo.txt', 'headless.txt', 'mmcv.txt']
 FILES = {
     'lint': ['lint.txt'],
+    'docs': ['lint.txt', 'docs.txt'],  # ruff breaks long signatures into lines
     'demo': _DEMO,
     'demo-seg': [*_DEMO, 'seg.txt'],
     'demo-det': [*_DEMO, 'det.txt'],
@@ -59,7 +60,9 @@ IMPLIED = {
     'demo-seg': ['demo'],
     'demo-det': ['demo'],
     'test': ['demo', 'demo-seg', 'demo-det'],
+    'docs': ['lint'],
 }
+ALONE = {'lint': 'the linter', 'docs': 'MkDocs'}  # parts that need neither torch nor mmsmart
 ADDS = {'seg.txt': 'mmseg', 'det.txt': 'mmdet', 'test.txt': 'the test tools'}
 WITH_OPS = {'demo-det', 'test'}  # mmcv's, which mmdet needs
 
@@ -172,9 +175,10 @@ def complete(part: str) -> None:
     forget_half_installed()
     LOG.unlink(missing_ok=True)
 
-    if part == 'lint':
-        with step('installing the linter', '5 s'):
-            pip_install('-r', HERE / 'lint.txt')
+    if part in ALONE:
+        with step(f'installing {ALONE[part]}', '10 s'):
+            for name in FILES[part]:
+                pip_install('-r', HERE / name)
     else:
         with step('installing torch, MMEngine and mmpretrain into .venv', '2 min, 5 GB on Linux'):
             pip_install('-r', HERE / 'demo.txt')

@@ -403,7 +403,7 @@ def test_torch_pruning_is_asked_for_by_name(monkeypatch):
     monkeypatch.setitem(sys.modules, 'torch_pruning', None)
     with pytest.raises(ModuleNotFoundError) as error:
         installed(net())
-    assert "block='channel' needs Torch-Pruning: pip install 'mmsmart[channel]'" in str(error.value)
+    assert "block='channel' needs Torch-Pruning: pip install torch-pruning" in str(error.value)
     install_masks(net(), 0.5, (2, 1, 1, 1))  # blocks do without
 
 
