@@ -79,7 +79,7 @@ setup(
     ],
     packages=find_packages(include=['mmsmart', 'mmsmart.*']),
     include_package_data=False,
-    package_data={'mmsmart.html_report': ['page.html']},
+    package_data={'mmsmart.executor': ['kernel.cpp'], 'mmsmart.html_report': ['page.html']},
     python_requires='>=3.10',
     cmdclass={'build_py': BuildWithMim},
     zip_safe=False,
@@ -115,6 +115,7 @@ setup(
             'onnxscript>=0.2',
             'safetensors>=0.4',  # the packed-blocks file
         ],
+        'executor': ['ninja>=1.10'],  # compiles its kernel, together with a C++ compiler
         'tests': ['pytest>=7.4', 'hypothesis>=6.80', 'ruff>=0.17'],
     },
 )

@@ -14,6 +14,7 @@ UPSTREAM = {'mmengine', 'mmcv', 'mmdet', 'mmpretrain', 'mmseg'}
 FLOOR = {
     'version': 0,
     'functional': 0,
+    'executor': 0,
     'registry': 0,
     'shipped': 0,
     'health': 0,
@@ -33,7 +34,6 @@ FLOOR = {
     'drawing': 9,
     'html_report': 10,
     'sensitivity': 8,
-    'executor': 9,
     '__init__': 9,
     'engine': 11,
     'datasets': 11,

@@ -24,10 +24,11 @@ class MissingToolbox(ModuleNotFoundError):
             + (
                 'Its last release, 0.6.0, wants mmcv older than 2.1 and refuses any newer one, so '
                 'give it an environment of its own: `pip install openmim`, then `mim install '
-                '"mmcv>=2.0.0rc4,<2.1.0" "mmdet>=3.0.0,<4.0.0" mmyolo` and `pip install -e .` in the checkout of mmsmart.'
+                '"mmcv>=2.0.0rc4,<2.1.0" "mmdet>=3.0.0,<4.0.0" mmyolo` and `pip install -e .` in '
+                'the checkout of mmsmart.'
                 if scope == 'mmyolo'
-                else 'Install it as its own guide says, or, in an environment without any OpenMMLab '
-                "package, `pip install -e '.[onedl]'` in the checkout of mmsmart."
+                else 'Install it as its own guide says, or, in an environment without any '
+                "OpenMMLab package, `pip install -e '.[onedl]'` in the checkout of mmsmart."
             ),
             name=scope,
         )
