@@ -80,7 +80,7 @@ class LatencyTable:
 
         Example:
             >>> from mmsmart.blocks import cut_layer
-            >>> layers = [cut_layer('fc', nn.Linear(4, 4), (2, 2))]
+            >>> layers = [cut_layer('fc', torch.nn.Linear(4, 4), (2, 2))]
             >>> table = read_table({'layers': [{'pattern': '*', 'block': 0.5}]})
             >>> table.of_blocks(layers).of(torch.tensor([1.0, 0.0, 1.0, 0.0]))
             1.0
@@ -172,7 +172,9 @@ def _plain_loader(yaml: Any) -> type:
 def _table(where: str, content: Any) -> LatencyTable:
     if not isinstance(content, dict) or 'layers' not in content or set(content) - _KEYS:
         keys = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
-        raise ValueError(f'{where}: expected the keys `layers` and perhaps `unit`, got {keys}.')
+        raise ValueError(
+            f'{where}: expected the keys `layers` and perhaps `unit`, got {keys!s:.200}.'
+        )
     unit, layers = content.get('unit', 'ms'), content['layers']
     if not isinstance(unit, str) or not 0 < len(unit) <= 20:
         raise ValueError(f"{where}: unit: expected a short string such as 'ms', got {unit!r:.80}.")
@@ -185,7 +187,7 @@ def _table(where: str, content: Any) -> LatencyTable:
 def _entry(where: str, entry: Any) -> LatencyEntry:
     if not isinstance(entry, dict) or set(entry) - _ENTRY_KEYS:
         keys = sorted(map(str, entry)) if isinstance(entry, dict) else type(entry).__name__
-        raise ValueError(f'{where}: expected keys out of {sorted(_ENTRY_KEYS)}, got {keys}.')
+        raise ValueError(f'{where}: expected keys out of {sorted(_ENTRY_KEYS)}, got {keys!s:.200}.')
     pattern = entry.get('pattern')
     if not isinstance(pattern, str) or not 0 < len(pattern) <= 1000:
         raise ValueError(

@@ -147,7 +147,7 @@ def load_packed(path: str | Path, max_bytes: int | None = None) -> dict[str, Ten
     entry, tensors = _read(path)
     packed = []
     for key, row in entry['weights'].items():
-        cut = _checked_cut(f'{path}: weights[{key!r}]', row)
+        cut = _checked_cut(f'{path}: weights[{key!r:.200}]', row)
         parts = {part: tensors.pop(f'{key}.{part}', None) for part in ('blocks', 'index')}
         for part, tensor in parts.items():
             if tensor is None or tensor.ndim != 1:
@@ -169,8 +169,8 @@ def load_packed(path: str | Path, max_bytes: int | None = None) -> dict[str, Ten
     for alias, key in entry['aliases'].items():
         if alias in tensors or not isinstance(key, str) or key not in tensors:
             raise ValueError(
-                f'{path}: aliases[{alias!r}]: expected a new name for a tensor of the file, got '
-                f'{key!r}.'
+                f'{path}: aliases[{alias!r:.200}]: expected a new name for a tensor of the file, '
+                f'got {key!r:.80}.'
             )
     return tensors | {alias: tensors[key] for alias, key in entry['aliases'].items()}
 
@@ -292,11 +292,11 @@ def _checked_rows(
 
 def _checked_cut(where: str, row: Any) -> _Cut:
     if not isinstance(row, Mapping):
-        raise ValueError(f'{where}: expected shape, block and groups, got {row!r}.')
+        raise ValueError(f'{where}: expected shape, block and groups, got {row!r:.80}.')
     shape, block = (_checked_sizes(f'{where}.{key}', row.get(key)) for key in ('shape', 'block'))
     groups = row.get('groups')
     if type(groups) is not int or groups < 1 or shape[0] % groups:
-        raise ValueError(f'{where}.groups: expected a divisor of {shape[0]}, got {groups!r}.')
+        raise ValueError(f'{where}.groups: expected a divisor of {shape[0]}, got {groups!r:.80}.')
     cut = _Cut(shape, block, groups)
     largest = cut.view_shape[1:]
     if len(block) != len(shape) or any(b > axis for b, axis in zip(block, largest)):
@@ -342,7 +342,9 @@ def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(f'{path}: __metadata__[{FORMAT!r}]: not JSON ({error}).') from error
     version = entry.get('version') if isinstance(entry, dict) else None
     if type(version) is not int or version != VERSION:
-        raise ValueError(f'{path}: version: this reader knows {VERSION}, the file has {version!r}.')
+        raise ValueError(
+            f'{path}: version: this reader knows {VERSION}, the file has {version!r:.80}.'
+        )
     for key in ('weights', 'aliases', 'meta'):
         if not isinstance(entry.get(key), dict):
             raise ValueError(f'{path}: {key}: expected an object, got {entry.get(key)!r:.200}.')
@@ -356,6 +358,6 @@ def _safetensors() -> tuple[Any, Any]:
         from safetensors.torch import save
     except ImportError as error:
         raise ImportError(
-            "packed-blocks files need safetensors: pip install 'mmsmart[export]'."
+            'packed-blocks files need safetensors: pip install safetensors.'
         ) from error
     return safe_open, save

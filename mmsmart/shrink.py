@@ -156,21 +156,23 @@ def read_structure(path: str | Path) -> dict[str, Any]:
     if not isinstance(structure, dict) or structure.get('format') != _FORMAT:
         raise ValueError(f'{path}: format: expected {_FORMAT!r}; this is another kind of file.')
     if structure.get('version') != _VERSION:
-        raise ValueError(f'{path}: version: got {structure.get("version")!r}, known is {_VERSION}.')
+        version = structure.get('version')
+        raise ValueError(f'{path}: version: got {version!r:.80}, known is {_VERSION}.')
     layers = structure.get('layers')
     if not isinstance(layers, dict) or not layers:
         raise ValueError(f'{path}: layers: expected an object with an entry for each layer.')
     for name, row in layers.items():
+        where = f'{path}: layers.{name:.200}'
         if not isinstance(row, dict) or set(row) != {'shape', 'out', 'in'}:
-            raise ValueError(f'{path}: layers.{name}: expected the fields shape, out and in.')
+            raise ValueError(f'{where}: expected the fields shape, out and in.')
         for field in ('shape', 'out', 'in'):
             values = row[field]
             if values is None and field != 'shape':
                 continue
             if not isinstance(values, list) or not values or not all(map(_is_index, values)):
-                raise ValueError(f'{path}: layers.{name}.{field}: expected a list of counts.')
+                raise ValueError(f'{where}.{field}: expected a list of counts.')
             if field != 'shape' and any(b <= a for a, b in pairwise(values)):
-                raise ValueError(f'{path}: layers.{name}.{field}: channels must rise.')
+                raise ValueError(f'{where}.{field}: channels must rise.')
     return structure
 
 

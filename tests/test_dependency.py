@@ -153,5 +153,5 @@ def test_tracing_follows_frozen_layers_too():
 
 def test_torch_pruning_is_asked_for_by_name(monkeypatch):
     monkeypatch.setitem(sys.modules, 'torch_pruning', None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'mmsmart\[channel\]'"):
+    with pytest.raises(ModuleNotFoundError, match='pip install torch-pruning'):
         trace_ties(nn.Conv2d(3, 2, 1), forward)

@@ -18,6 +18,7 @@ FLOOR = {
     'registry': 0,
     'shipped': 0,
     'health': 0,
+    'pruning_json': 0,
     'blocks': 1,
     'shrink': 1,
     'budget': 1,

@@ -1,7 +1,11 @@
 #!/usr/bin/env bash
-# Train or prune on several GPUs of this machine (or of several): dist_train.sh CONFIG GPUS [ARGS]
-CONFIG=$1
-GPUS=$2
+# Train or prune with several processes, one a GPU, or on the CPU where there is none.
+#
+#     dist_train.sh CONFIG GPUS [arguments of train.py]
+#
+# On several machines: NNODES, NODE_RANK and MASTER_ADDR, the same PORT on each.
+CONFIG=${1:?usage: dist_train.sh CONFIG GPUS [ARGS]}
+GPUS=${2:?usage: dist_train.sh CONFIG GPUS [ARGS]}
 NNODES=${NNODES:-1}
 NODE_RANK=${NODE_RANK:-0}
 PORT=${PORT:-29500}

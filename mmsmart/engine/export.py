@@ -26,6 +26,7 @@ from mmsmart.export import (
     save_plain_checkpoint,
 )
 from mmsmart.packed import load_packed, load_packed_meta, save_packed
+from mmsmart.pruning_json import read_report
 from mmsmart.shrink import read_structure, shrink
 
 SHRUNK = 'mmsmart.ShrunkModel'
@@ -141,7 +142,7 @@ def export_blocks(
     _, meta = read_checkpoint(checkpoint)
     state = load_model(config, checkpoint).state_dict()
     with complete_or_absent(out) as temporary:
-        save_packed(state, json.loads(report.read_text())['layers'], temporary, meta=_kept(meta))
+        save_packed(state, read_report(report)['layers'], temporary, meta=_kept(meta))
         back = load_packed(temporary, max_bytes=2**62)
         wrong = [key for key, value in state.items() if not _same_bits(value, back.get(key))]
         if wrong or back.keys() != state.keys():

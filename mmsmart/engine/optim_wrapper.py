@@ -15,6 +15,7 @@ from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from mmengine.registry import OPTIMIZERS
 
 from mmsmart.engine.config import ImportanceOptimizer, build
+from mmsmart.engine.processes import same_everywhere
 from mmsmart.masking import BlockMasks
 from mmsmart.registry import OPTIM_WRAPPERS
 
@@ -48,11 +49,20 @@ class MaskedStep:
     def step(self, **kwargs: Any) -> None:
         """Step latent weights and importance, then put masks at `self.temperature` in place."""
         with self._attached().latent_weights(self.temperature):
+            if self.masks.state == 'soft':
+                same_everywhere(self.masks.importance.grad)
             self._step_importance()
             super().step(**kwargs)
 
     def _step_importance(self) -> None:
         if self.masks.state == 'soft':
+            if not bool(self.masks.importance.grad.isfinite().all()):
+                raise FloatingPointError(
+                    'loss: its gradient is NaN or infinite in the search, so nothing was stepped '
+                    'and the checkpoints are sound. Likely causes: (a) a learning rate that is too '
+                    'high, (b) a broken image or label, (c) half precision without loss scaling. '
+                    'Mend it and go on with --resume.'
+                )
             self.importance_optimizer.step()
 
     def state_dict(self) -> dict[str, Any]:

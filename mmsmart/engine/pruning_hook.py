@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from mmengine.dist import master_only
 from mmengine.hooks import CheckpointHook, EarlyStoppingHook, EMAHook, Hook, LoggerHook
 from mmengine.model import is_model_wrapper
@@ -21,6 +22,7 @@ from mmsmart.engine.config import METHODS, ImportanceStart, Stages, Temperature,
 from mmsmart.engine.diagnosis import check_checkpoint
 from mmsmart.engine.optim_wrapper import MaskedStep
 from mmsmart.engine.pictures import show_masks
+from mmsmart.engine.processes import expect_agreement, refuse_strategies, same_everywhere
 from mmsmart.engine.random_state import ResumableRandomness
 from mmsmart.engine.run_log import note_start
 from mmsmart.export import save_plain_checkpoint, save_shrunk
@@ -30,6 +32,7 @@ from mmsmart.registry import HOOKS
 from mmsmart.report import pruning_report, save_report
 
 _DENSE_METRICS = 'smart_dense_metrics'
+_SEARCH = 'smart_search'  # where a checkpoint has the first iteration of the search and its end
 
 
 @HOOKS.register_module()
@@ -75,6 +78,7 @@ class SmartPruningHook(Hook):
 
     def before_run(self, runner: Runner) -> None:
         """Take hold of masks and optimiser wrapper; refuse a run that would train past them."""
+        refuse_strategies(runner)
         if not isinstance(runner.optim_wrapper, (OptimWrapper, OptimWrapperDict)):
             return  # a test or validation run: nothing is trained
         wrapper, masks = runner.optim_wrapper, masks_of(_plain_model(runner))
@@ -93,10 +97,13 @@ class SmartPruningHook(Hook):
             )
         self._begin, self._end = self.stages.boundaries(runner.max_iters)
         wrapper.attach(masks)
+        if runner.cfg.get('compile'):  # of a train step, what moves masks and weights is no part
+            wrapper.step = torch.compiler.disable(wrapper.step)
         self.masks = masks
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another architecture, which MMEngine would load in part."""
+        refuse_strategies(runner)
         if self.masks is None:
             return
         untrained = check_checkpoint(
@@ -112,7 +119,21 @@ class SmartPruningHook(Hook):
                 'smart.stages.pretrain trains them before the search.'
             )
         if runner._resume:
+            self._expect_same_search(checkpoint)
             self._randomness.load_from(checkpoint, runner)
+
+    def _expect_same_search(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to go on with a search that would now have another length."""
+        masks = checkpoint.get('optimizer', {}).get('smart', {}).get('masks', {})
+        written, now = checkpoint.get(_SEARCH), [self._begin, self._end]
+        if written is None or written == now or masks.get('state') != 'soft':
+            return
+        raise ValueError(
+            f'resume: the checkpoint is of a search over iterations {written[0]} to {written[1]}, '
+            f'which would now be {now[0]} to {now[1]}: the run has another length, or other '
+            'smart.stages. With another number of processes, keep the number of images a step: '
+            'train_dataloader.batch_size times processes.'
+        )
 
     def before_train(self, runner: Runner) -> None:
         if self.masks is None:
@@ -132,6 +153,7 @@ class SmartPruningHook(Hook):
                 'mmsmart: the search begins from weights that no checkpoint was loaded into. Set '
                 '`load_from`, or give smart.stages.pretrain a share.'
             )
+        expect_agreement(self.masks, f'at the start from iteration {runner.iter}')
         counted = self.masks.positions
         self._positions = counted or layer_positions(runner, _plain_model(runner))
         note_start(runner, self.masks, self._positions, self._begin, self._end, self.method)
@@ -184,6 +206,7 @@ class SmartPruningHook(Hook):
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         if self.masks is not None:
             self._randomness.save_to(checkpoint)
+            checkpoint[_SEARCH] = [self._begin, self._end]
 
     def after_train(self, runner: Runner) -> None:
         """Write `pruned.pth`, `pruning.json` and `pruning.png` to `work_dir`."""
@@ -208,7 +231,8 @@ class SmartPruningHook(Hook):
         runner.message_hub.update_info(_DENSE_METRICS, self._metrics)
         init = 'magnitude' if self.method == 'magnitude' else self.start.init
         importance = first_importance(runner, model, masks, init, self.start.batches)
-        masks.begin(importance, self._temperature(self._begin))
+        masks.begin(same_everywhere(importance), self._temperature(self._begin))
+        expect_agreement(masks, f'at the beginning of the search, iteration {runner.iter},')
         self._show(runner)
         runner.logger.info(
             f'mmsmart: search over iterations {self._begin} to {self._end}: {masks.num_blocks} '
@@ -221,6 +245,7 @@ class SmartPruningHook(Hook):
     def _harden(self, runner: Runner) -> None:
         masks = self.masks
         masks.harden()
+        expect_agreement(masks, f'at the end of the search, iteration {runner.iter + 1},')
         self._show(runner)
         for hook in runner.hooks:
             if isinstance(hook, EMAHook):
@@ -272,6 +297,12 @@ class SmartPruningHook(Hook):
     @master_only
     def _write(self, runner: Runner) -> None:
         folder, model = Path(runner.work_dir), _evaluated_model(runner)
+        broken = [key for key, x in model.state_dict().items() if not bool(x.isfinite().all())]
+        if broken:
+            raise FloatingPointError(
+                f'{broken[0]}: NaN or infinity in the trained weights, so no pruned.pth is written.'
+                ' Resume from a checkpoint before the loss became NaN, with a lower learning rate.'
+            )
         report = pruning_report(
             model,
             self.masks,

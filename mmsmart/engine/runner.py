@@ -12,10 +12,12 @@ from mmengine.runner import BaseLoop, Runner
 from torch import nn
 
 from mmsmart.engine.calibration import traced_in
+from mmsmart.engine.complete_checkpoints import CompleteCheckpoints
 from mmsmart.engine.config import Smart, build
 from mmsmart.engine.diagnosis import data_named, emptiness_named, scope_named
 from mmsmart.engine.max_drop import SparsitySearch
 from mmsmart.engine.optim_wrapper import MaskedStep
+from mmsmart.engine.processes import refuse_shards, start_on_cpus, without_gpus
 from mmsmart.engine.pruning_hook import SmartPruningHook
 from mmsmart.masking import install_masks, masks_of
 from mmsmart.registry import RUNNERS
@@ -27,7 +29,7 @@ _MASKED_WRAPPERS = {
 
 
 @RUNNERS.register_module()
-class SmartRunner(Runner):
+class SmartRunner(CompleteCheckpoints, Runner):
     """A `Runner` that reads `smart` from its config and puts the three parts of pruning in place.
 
     The config itself is left as it was written, so what is dumped to `work_dir` describes the
@@ -43,6 +45,8 @@ class SmartRunner(Runner):
                 in the config are not those of `default_scope`.
         """
         smart = _smart_of(cfg)
+        if cfg.get('strategy') is not None:
+            refuse_shards('strategy', cfg['strategy'])
         SmartPruningHook(**smart.hook_args())
         smart.optimizer_args()
         with scope_named(cfg):
@@ -63,6 +67,22 @@ class SmartRunner(Runner):
             search.conclude()
             return model
 
+    def setup_env(self, env_cfg: dict[str, Any]) -> None:
+        if self.distributed and without_gpus():
+            start_on_cpus(self.launcher, env_cfg.get('dist_cfg', {}))
+        super().setup_env(env_cfg)
+
+    def wrap_model(self, model_wrapper_cfg: dict[str, Any] | None, model: nn.Module) -> nn.Module:
+        if model_wrapper_cfg is not None:
+            refuse_shards('model_wrapper_cfg.type', model_wrapper_cfg.get('type', ''))
+        if self.distributed and without_gpus() and not is_model_wrapper(model):
+            stock = dict(
+                broadcast_buffers=False,
+                find_unused_parameters=self.cfg.get('find_unused_parameters', False),
+            )
+            model_wrapper_cfg = dict(model_wrapper_cfg or stock, device_ids=None)
+        return super().wrap_model(model_wrapper_cfg, model)
+
     def build_train_loop(self, loop: Any) -> BaseLoop:
         with emptiness_named(self.cfg, 'train_dataloader'):
             return super().build_train_loop(loop)
@@ -72,6 +92,10 @@ class SmartRunner(Runner):
             return super().build_val_loop(loop)
 
     def register_hooks(self, default_hooks: Any = None, custom_hooks: Any = None) -> None:
+        default_hooks = dict(default_hooks or {})
+        written = default_hooks.get('checkpoint', dict(type='CheckpointHook'))
+        if isinstance(written, dict) and written.get('type') == 'CheckpointHook':
+            default_hooks['checkpoint'] = {**written, 'type': 'mmsmart.SmartCheckpointHook'}
         super().register_hooks(default_hooks, custom_hooks)
         if not any(isinstance(hook, SmartPruningHook) for hook in self.hooks):
             self.register_hook(SmartPruningHook(**_smart_of(self.cfg).hook_args()))

@@ -90,7 +90,7 @@ def _solve_on_host(
 ) -> Tensor:
     total = float(m.numel()) if cost is None else cost.sum().item()
     goal = checked_budget(budget, total)
-    least, most = (bound.item() for bound in torch.aminmax(m))
+    least, most = (bound.item() for bound in (m.min(), m.max()))
     if not -math.inf < least <= most < math.inf:
         raise ValueError(
             f'importance ranges over [{least}, {most}]; every entry must be finite. NaN or inf '

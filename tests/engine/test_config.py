@@ -260,7 +260,7 @@ def test_checkpoint_with_other_classes_is_a_start_for_pretraining(tmp_path, dens
     [
         pytest.param(dict(sparsity=0.5), ['budget', '`sparsity`'], id='sparsity'),
         pytest.param(dict(block=(2, 4, 1, 1)), ['layers', '`block`'], id='block'),
-        pytest.param(SEARCH_AT_ONCE, ['smart.stages', 'soft', 'hard'], id='stages'),
+        pytest.param(SEARCH_AT_ONCE, ['smart.stages', '6 to 18', '6 to 9'], id='stages'),
         pytest.param(dict(method='magnitude'), ['method', 'soft', 'hard'], id='method'),
     ],
 )

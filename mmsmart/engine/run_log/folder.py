@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from mmsmart.engine.run_log.masks import (
 )
 from mmsmart.engine.run_log.starts import StartLog, read_starts
 from mmsmart.html_report.run import Layer, Run, Timeline
+from mmsmart.pruning_json import read_report
 
 _TIMES = ('time', 'data_time', 'step')
 _LATER = 'It comes with pruning.json, at the end of the run.'
@@ -78,7 +78,7 @@ def _report_of(folder: Path, run: Run, logs: Sequence[StartLog]) -> dict[str, An
         step = max((later - one for one, later in itertools.pairwise(logged)), default=0)
         if run.timeline and logged[-1] + step < run.timeline.end:
             return {}
-    return json.loads(file.read_text())
+    return read_report(file)
 
 
 def _config(logs: Sequence[StartLog]) -> tuple[str, dict[str, Any]]:
