@@ -34,11 +34,10 @@ test: ## run the tests and the examples in docstrings; ARGS='-k name' for some o
 test-slow: ## run the tests that are too slow for every day
 	$(WITH) test -m pytest -m slow $(ARGS)
 
-# Not --quiet: warnings that are not shown are not counted as errors either.
 # What OpenMMLab's original packages can run without compiled ops: docs/reliability.md.
 ORIGINAL = .venv-original
 CORE = $(wildcard tests/functional $(addprefix tests/test_,$(addsuffix .py,\
-	blocks budget importance latency masking packed shrink report import_boundaries)) \
+	blocks budget importance latency masking packed plans shrink report)) \
 	$(addprefix tests/engine/test_,$(addsuffix .py,\
 	config distributed faults launchers model optim_wrapper pruning_hook random_state resume runner)))
 
@@ -53,6 +52,7 @@ $(ORIGINAL)/complete: requirements/original.txt requirements/constraints.txt
 	@$(ORIGINAL)/bin/python -m pip install --quiet --no-deps --disable-pip-version-check opencv-python-headless==4.11.0.86
 	@touch $@
 
+# Not --quiet: warnings that are not shown are not counted as errors either.
 docs: ## build the documentation into site/; a warning, or a link that leads nowhere, is an error
 	$(WITH) docs -m mkdocs build
 

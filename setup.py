@@ -86,7 +86,7 @@ setup(
     # Only what pruning itself needs. OpenMMLab's packages are left out on purpose: they exist in
     # two families with the same import names, and requiring one would install it over the other.
     install_requires=[
-        'torch>=2.0',  # older ones lack torch.func and are not tried
+        'torch>=2.1',  # the oldest that was tried
         'numpy>=1.23',  # the first for Python 3.11
     ],
     # `pip install mmsmart[onedl]` or `mmsmart[openmmlab]`: naming the extra is choosing the family.

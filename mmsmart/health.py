@@ -47,7 +47,7 @@ def _same(module: str, distribution: str, least: str, *needs: str, serves: str =
 
 # The least versions are those of requirements/existing.py; a test holds the two together.
 PARTS = (
-    _same('torch', 'torch', '2.0'),
+    _same('torch', 'torch', '2.1'),
     _same('torchvision', 'torchvision', '0.15', 'torch', serves='mmpretrain imports it'),
     Part('mmengine', 'mmengine', '0.10', 'onedl-mmengine', '0.10.8', ('torch',)),
     Part('mmcv', 'mmcv', '2.0', 'onedl-mmcv', '2.3', ('mmengine',)),

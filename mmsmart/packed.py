@@ -357,7 +357,6 @@ def _safetensors() -> tuple[Any, Any]:
         from safetensors import safe_open
         from safetensors.torch import save
     except ImportError as error:
-        raise ImportError(
-            'packed-blocks files need safetensors: pip install safetensors.'
-        ) from error
+        message = 'packed-blocks files need safetensors: pip install safetensors.'
+        raise ImportError(message) from error
     return safe_open, save

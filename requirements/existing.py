@@ -33,7 +33,7 @@ def _same_in_both(module: str, distribution: str, least: str) -> Need:
 # The least versions are the last minor releases of the originals, and the first of each fork that
 # was tried. setup.py has the same numbers in its extras; a test holds the two together.
 _NEEDS = [
-    _same_in_both('torch', 'torch', '2.0'),
+    _same_in_both('torch', 'torch', '2.1'),
     _same_in_both('torchvision', 'torchvision', '0.15'),
     Need('mmengine', 'mmengine', '0.10', 'onedl-mmengine', '0.10.8'),
     Need('mmcv', 'mmcv', '2.0', 'onedl-mmcv', '2.3'),

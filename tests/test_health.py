@@ -84,7 +84,7 @@ def test_a_whole_environment_is_ready_in_either_family(look, family):
         (ORIGINALS, 'mmcv._ext', ['mmpretrain', 'mmseg'], "mim install 'mmcv>=2.0,<2.2'"),
         (FORKS, 'torchvision', ['mmdet', 'mmseg'], "'torchvision>=0.15' torch==2.11.0"),
         (FORKS, 'mmengine', [], "pip install 'onedl-mmengine>=0.10.8'"),
-        (FORKS, 'torch', [], "pip install 'torch>=2.0'"),
+        (FORKS, 'torch', [], "pip install 'torch>=2.1'"),
     ],
 )
 def test_a_missing_package_is_named_with_its_cure(look, family, module, left, cure):

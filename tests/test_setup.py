@@ -143,7 +143,7 @@ def test_a_part_that_is_too_old_is_named_with_its_cure(install):
     result = install('demo', {**ORIGINALS, 'torch': '1.13.1+cu117', 'mmpretrain': '1.0.0'})
 
     assert result.returncode == 1
-    assert 'torch: 1.13.1+cu117 is too old, 2.0 or later is needed' in result.stderr
+    assert 'torch: 1.13.1+cu117 is too old, 2.1 or later is needed' in result.stderr
     assert 'mmpretrain: 1.0.0 is too old, 1.2 or later is needed' in result.stderr
     assert f"{sys.executable} -m pip install 'mmpretrain>=1.2'" in result.stderr
 

@@ -9,6 +9,7 @@ from functools import reduce
 from pathlib import Path
 
 import pytest
+from mmengine.runner import IterBasedTrainLoop
 
 from engine.runs import assert_same_end, iteration_based, merged, pipeline, smart_config, train
 
@@ -58,7 +59,9 @@ def test_iterations_resume_in_every_stage_and_at_its_borders(tmp_path):
     pretrain, search_begins, in_search, search_ends, in_finetune, files_due = (
         4, 6, 11, 18, 22, 24
     )  # fmt: skip
-    config = iteration_based(run_of(tmp_path, DROPOUT, NOISE, EMA), type='InfiniteSampler')
+    # Loops that load all data again, up to where the run was, draw its noise again too.
+    noise = [NOISE] if hasattr(IterBasedTrainLoop, 'fast_forward_on_resume') else []
+    config = iteration_based(run_of(tmp_path, DROPOUT, *noise, EMA), type='InfiniteSampler')
     assert_resumes(
         tmp_path, config, pretrain, search_begins, in_search, search_ends, in_finetune, files_due
     )
