@@ -115,8 +115,10 @@ class SmartCheckpointHook(CheckpointHook):
         self._delete_outdated()
 
     def _delete_outdated(self) -> None:
-        if isinstance(self.file_backend, _DeletingLater):
-            self.file_backend.delete()
+        # MMEngine gives itself a backend in `before_train`, which a validation alone does not see.
+        backend = getattr(self, 'file_backend', None)
+        if isinstance(backend, _DeletingLater):
+            backend.delete()
 
 
 class _DeletingLater(LocalBackend):
