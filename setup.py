@@ -91,6 +91,7 @@ setup(
     ],
     # `pip install mmsmart[onedl]` or `mmsmart[openmmlab]`: naming the extra is choosing the family.
     # Never both in one environment, and neither where OpenMMLab is installed already.
+    # Lower bounds: of the originals the last minor release, of a fork the first that was tried.
     extras_require={
         'onedl': [  # the maintained forks; detection also wants onedl-mmcv built with its ops
             'onedl-mmengine>=0.10.8',
@@ -109,7 +110,7 @@ setup(
             'torchvision>=0.15',
         ],
         'channel': ['torch-pruning>=1.6'],  # finds the channels that have to be cut together
-        'export': [  # ONNX through torch's exporter wants torch 2.6
+        'export': [  # ONNX through torch's exporter wants torch 2.6; these are of its time or older
             'onnx>=1.16',
             'onnxruntime>=1.20',
             'onnxscript>=0.2',
