@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from mmsmart.version import __version__
 
 if TYPE_CHECKING:
-    from mmsmart.masking import BlockMasks, install_masks, masks_of, remove_masks
+    from mmsmart.install import install_masks, masks_of, remove_masks
+    from mmsmart.masking import BlockMasks
 
 __all__ = ['BlockMasks', '__version__', 'install_masks', 'masks_of', 'remove_masks']
 
@@ -20,5 +21,6 @@ __all__ = ['BlockMasks', '__version__', 'install_masks', 'masks_of', 'remove_mas
 def __getattr__(name: str) -> Any:
     # Imported when they are asked for: `python -m mmsmart` must run where torch is missing.
     if name in __all__:
-        return getattr(importlib.import_module('mmsmart.masking'), name)
+        room = 'masking' if name == 'BlockMasks' else 'install'
+        return getattr(importlib.import_module(f'mmsmart.{room}'), name)
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmsmart.masking import BlockMasks, masks_of
+from mmsmart.install import masks_of
+from mmsmart.masking import BlockMasks
 from mmsmart.shrink import cut_channels, structure_of
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mmsmart.export import complete_or_absent, plain, stock_state
 from mmsmart.functional import block_grid
-from mmsmart.masking import masks_of
+from mmsmart.install import masks_of
 
 FORMAT = 'mmsmart.packed_blocks'  # the key of our entry in the file's `__metadata__`
 VERSION = 1

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from mmsmart.masking import install_masks
+from mmsmart.install import install_masks
 from mmsmart.sensitivity import (
     Grid,
     allowed_rise,

@@ -23,7 +23,7 @@ from mmengine.runner import Runner, find_latest_checkpoint
 from mmsmart.engine.config import MaxDrop, Smart, Stages, build
 from mmsmart.engine.short_runs import lengths, short_run, shortened
 from mmsmart.export import complete_or_absent, plain
-from mmsmart.masking import masks_of
+from mmsmart.install import masks_of
 
 # Metrics come rounded, and a drop of exactly what is allowed holds.
 _ROUNDING = 1e-9

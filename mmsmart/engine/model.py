@@ -11,8 +11,8 @@ from torch import nn
 
 from mmsmart.budget import read_targets
 from mmsmart.engine.calibration import traced
+from mmsmart.install import install_masks
 from mmsmart.latency import LatencyTable, read_table
-from mmsmart.masking import install_masks
 from mmsmart.registry import MODELS
 from mmsmart.shrink import read_structure, shrink
 

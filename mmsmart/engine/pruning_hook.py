@@ -26,7 +26,8 @@ from mmsmart.engine.processes import expect_agreement, refuse_strategies, same_e
 from mmsmart.engine.random_state import ResumableRandomness
 from mmsmart.engine.run_log import note_start
 from mmsmart.export import save_plain_checkpoint, save_shrunk
-from mmsmart.masking import BlockMasks, masks_of
+from mmsmart.install import masks_of
+from mmsmart.masking import BlockMasks
 from mmsmart.plans import ChannelPlan
 from mmsmart.registry import HOOKS
 from mmsmart.report import pruning_report, save_report

@@ -19,7 +19,7 @@ from mmsmart.engine.max_drop import SparsitySearch
 from mmsmart.engine.optim_wrapper import MaskedStep
 from mmsmart.engine.processes import refuse_shards, start_on_cpus, without_gpus
 from mmsmart.engine.pruning_hook import SmartPruningHook
-from mmsmart.masking import install_masks, masks_of
+from mmsmart.install import install_masks, masks_of
 from mmsmart.registry import RUNNERS
 
 _MASKED_WRAPPERS = {

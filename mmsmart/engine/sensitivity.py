@@ -28,7 +28,8 @@ from mmsmart.engine.diagnosis import check_checkpoint
 from mmsmart.engine.export import read_checkpoint
 from mmsmart.engine.runner import SmartRunner
 from mmsmart.export import plain
-from mmsmart.masking import BlockMasks, install_masks, remove_masks
+from mmsmart.install import install_masks, remove_masks
+from mmsmart.masking import BlockMasks
 from mmsmart.sensitivity import (
     Grid,
     Part,

@@ -27,7 +27,8 @@ from mmsmart.engine.sweep.stock_models import StockModel, shallower, stock_model
 from mmsmart.engine.sweep.synthetic import edge_length, input_sizes, synthetic_batch
 from mmsmart.export import save_plain_checkpoint
 from mmsmart.importance import magnitude
-from mmsmart.masking import BlockMasks, install_masks
+from mmsmart.install import install_masks
+from mmsmart.masking import BlockMasks
 
 _LARGE = 60_000_000  # parameters above which a model is tried with fewer layers
 
