@@ -10,6 +10,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from functional.strategies import curves
 from mmsmart import functional
 from mmsmart.functional import CoupledCost, Curves, Limit, soft_mask, soft_topk_vjp, solve_limits
 
@@ -30,18 +31,6 @@ def coupled_topk(m, budget, cost, round_to=1):
 
 
 many, few = settings(max_examples=120), settings(max_examples=50)
-
-
-@st.composite
-def curves(draw, layers):
-    """A function of the share of weights left for each layer, rising by random steps."""
-    points = []
-    for _ in range(layers):
-        inner = draw(st.lists(st.integers(1, 9), max_size=3, unique=True).map(sorted))
-        steps = draw(st.lists(counts, min_size=len(inner) + 2, max_size=len(inner) + 2))
-        values = itertools.accumulate(steps)
-        points.append(list(zip([0.0, *(x / 10 for x in inner), 1.0], map(float, values))))
-    return Curves.through(points)
 
 
 @st.composite

@@ -1,6 +1,5 @@
 """Tests of soft and hard top-k under several limits and floors: what must hold always holds."""
 
-import itertools
 import math
 
 import pytest
@@ -8,6 +7,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from functional.strategies import curves
 from mmsmart.functional import (
     CurveCost,
     Curves,
@@ -25,18 +25,6 @@ from mmsmart.functional import (
 
 temperatures = st.floats(-4, 2).map(lambda power: 10.0**power)
 many, few = settings(max_examples=150), settings(max_examples=50)
-
-
-@st.composite
-def layered_curves(draw, layers):
-    """One rising, piecewise linear function a layer, convex or not, flat in places."""
-    points = []
-    for _ in range(layers):
-        inner = draw(st.lists(st.integers(1, 9), max_size=3, unique=True).map(sorted))
-        steps = draw(st.lists(st.integers(0, 5), min_size=len(inner) + 2, max_size=len(inner) + 2))
-        values = map(float, itertools.accumulate(steps))
-        points.append(list(zip([0.0, *(x / 10 for x in inner), 1.0], values)))
-    return Curves.through(points)
 
 
 @st.composite
@@ -66,11 +54,11 @@ def problems(draw, most_blocks=6, with_curves=True):
         costs.append(cost(st.floats(0.01, 9)))
     if with_curves and draw(st.booleans()):
         layer = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
-        curves = draw(layered_curves(len(lengths)))
+        drawn = draw(curves(len(lengths)))
         alike = torch.tensor(draw(st.lists(st.integers(0, 2), min_size=len(lengths),
                                            max_size=len(lengths)))).double()  # fmt: skip
-        alike[(curves.value[:, -1] > 0) & (curves.value[:, -1] > curves.value[:, 0])] = 0
-        costs.append(CurveCost(alike[layer], sizes, layer, curves))
+        alike[(drawn.value[:, -1] > 0) & (drawn.value[:, -1] > drawn.value[:, 0])] = 0
+        costs.append(CurveCost(alike[layer], sizes, layer, drawn))
     ones = torch.ones(count)
     limits = []
     for cost in costs:
