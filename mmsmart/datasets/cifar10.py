@@ -12,6 +12,7 @@ from mmengine.dataset import BaseDataset
 
 from mmsmart.registry import DATASETS
 
+_HELD_OUT = 5000
 _CLASSES = (
     'airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck'
 )  # fmt: skip
@@ -30,7 +31,8 @@ class PackedCIFAR10(BaseDataset):
 
     Args:
         data_root: Folder that holds one of the three.
-        split: 'train' or 'test'.
+        split: 'train', 'test', or 'val', the last 5,000 images of 'train': to choose settings on,
+            so that they are not chosen on the test split. Train with `indices=45000` or fewer then.
         kwargs: Arguments of MMEngine's `BaseDataset`, such as `pipeline` and `indices`.
 
     Raises:
@@ -41,13 +43,18 @@ class PackedCIFAR10(BaseDataset):
     METAINFO = {'classes': _CLASSES}
 
     def __init__(self, data_root: str, split: str = 'train', **kwargs: Any) -> None:
-        if split not in ('train', 'test'):
-            raise ValueError(f"split: got {split!r}, allowed are 'train' and 'test'.")
+        if split not in ('train', 'val', 'test'):
+            raise ValueError(f"split: got {split!r}, allowed are 'train', 'val' and 'test'.")
         self.split = split
         super().__init__(data_root=data_root, **kwargs)
 
     def load_data_list(self) -> list[dict[str, Any]]:
-        root, split = Path(self.data_root).expanduser(), self.split
+        if self.split == 'val':
+            return self._read('train')[-_HELD_OUT:]
+        return self._read(self.split)
+
+    def _read(self, split: str) -> list[dict[str, Any]]:
+        root = Path(self.data_root).expanduser()
         if (root / 'cifar10.npz').is_file():
             with np.load(root / 'cifar10.npz', allow_pickle=False) as archive:
                 images, labels = archive[f'{split}_images'], archive[f'{split}_labels']

@@ -11,7 +11,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from mmengine.device import get_device
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
+from mmengine.optim.optimizer.amp_optimizer_wrapper import GradScaler
 from mmengine.registry import OPTIMIZERS
 
 from mmsmart.engine.config import ImportanceOptimizer, build
@@ -99,12 +101,28 @@ class SmartOptimWrapper(MaskedStep, OptimWrapper):
     """`OptimWrapper` for a model with block masks; see :class:`MaskedStep`."""
 
 
+class _AmpOptimWrapper(AmpOptimWrapper):
+    """MMEngine's, which also takes `dtype='bfloat16'` where there is no accelerator."""
+
+    def __init__(self, *args: Any, dtype: str | torch.dtype | None = None, **kwargs: Any) -> None:
+        if get_device() != 'cpu' or dtype not in ('bfloat16', torch.bfloat16):
+            super().__init__(*args, dtype=dtype, **kwargs)
+            return
+        kwargs = {key: x for key, x in kwargs.items() if key not in ('loss_scale', 'use_fsdp')}
+        super(AmpOptimWrapper, self).__init__(*args, **kwargs)
+        self.loss_scaler = GradScaler(enabled=False)
+        self._scale_update_param, self.cast_dtype = None, torch.bfloat16
+
+
 @OPTIM_WRAPPERS.register_module()
-class SmartAmpOptimWrapper(MaskedStep, AmpOptimWrapper):
+class SmartAmpOptimWrapper(MaskedStep, _AmpOptimWrapper):
     """`AmpOptimWrapper` for a model with block masks; see :class:`MaskedStep`.
 
     Masks, importance and budget stay in float32 and float64. An iteration whose scaled gradients
     overflow steps neither the weights nor the importance.
+
+    Unlike MMEngine's it also runs without an accelerator, if `dtype='bfloat16'` asks for what CPUs
+    can do; bfloat16 has the range of float32 and needs no loss scaling.
     """
 
     def _step_importance(self) -> None:

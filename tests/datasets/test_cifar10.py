@@ -87,6 +87,13 @@ def test_every_form_gives_the_same_images_and_labels(
         assert np.abs(sample['img'].astype(int) - image.astype(int)).max() <= tolerance
 
 
+def test_validation_split_is_the_end_of_the_training_images(tmp_path, monkeypatch):
+    monkeypatch.setattr('mmsmart.datasets.cifar10._HELD_OUT', 4)
+    as_arrays(tmp_path)
+    held_out, labels = PackedCIFAR10(str(tmp_path), 'val'), drawn('train')[1]
+    assert [held_out[i]['gt_label'] for i in range(len(held_out))] == labels[-4:].tolist()
+
+
 def test_arrays_come_before_the_other_forms(tmp_path):
     as_arrays(tmp_path)
     (tmp_path / 'cifar10_jpegpack.npz').write_bytes(b'not read')
@@ -119,5 +126,5 @@ def test_missing_data_is_an_error_that_names_the_forms_and_the_folder(tmp_path):
 
 
 def test_unknown_split_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"split: got 'val', allowed are 'train' and 'test'"):
-        PackedCIFAR10(str(tmp_path), 'val')
+    with pytest.raises(ValueError, match=r"split: got 'valid', allowed are 'train', 'val' and"):
+        PackedCIFAR10(str(tmp_path), 'valid')

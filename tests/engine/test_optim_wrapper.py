@@ -189,6 +189,23 @@ def test_mixed_precision_is_refused_on_a_cpu():
         searching(SmartAmpOptimWrapper)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason='for machines without a GPU')
+@pytest.mark.parametrize('clip_grad', [None, dict(max_norm=1.0)])
+def test_bfloat16_trains_on_a_cpu(clip_grad):
+    model, masks, wrapper = searching(SmartAmpOptimWrapper, dtype='bfloat16', clip_grad=clip_grad)
+    seen = []
+    model[0].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    before = [masks.importance.detach().clone(), *map(torch.clone, latent_of(masks))]
+    with wrapper.optim_context(model):
+        loss = loss_of(model, batch())
+    wrapper.update_params(loss)
+    assert seen == [torch.bfloat16]
+    after = [masks.importance.detach(), *latent_of(masks)]
+    assert not any(torch.equal(old, new) for old, new in zip(before, after))
+    assert {tensor.dtype for tensor in after} == {torch.float32}
+    wrapper.load_state_dict(wrapper.state_dict())
+
+
 @pytest.fixture
 def mixed(monkeypatch):
     """Makes a search in mixed precision, with loss scaling, on the CPU."""
