@@ -101,6 +101,10 @@ class Budget:
     def limit(self) -> Limit:
         return Limit(self.cost, self.amount)
 
+    def limit_at(self, removed: float) -> Limit:
+        """The limit while only this share of what is to be removed is removed; 1 is all of it."""
+        return Limit(self.cost, self.total - removed * (self.total - self.amount))
+
     def to(self, device: torch.device) -> Budget:
         return replace(self, cost=self.cost.to(device))
 

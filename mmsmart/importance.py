@@ -24,7 +24,32 @@ def magnitude(layers: Sequence[BlockLayer]) -> Tensor:
         >>> magnitude(layers).shape
         torch.Size([4])
     """
-    return common_scale([_block_mean(layer, layer.weight.detach().abs()) for layer in layers])
+    return live_magnitude(layers).detach()
+
+
+def live_magnitude(layers: Sequence[BlockLayer]) -> Tensor:
+    """The same with its gradient to the weights."""
+    return common_scale([_block_mean(layer, layer.weight.abs()) for layer in layers])
+
+
+def live_squares(layers: Sequence[BlockLayer]) -> Tensor:
+    """Mean w² of every block, `(num_blocks,)`, on no scale but its own, with its gradient."""
+    return torch.cat([_block_mean(layer, layer.weight.square()) for layer in layers])
+
+
+def sensitivity(layers: Sequence[BlockLayer]) -> Tensor:
+    """Mean |w ∂L/∂w| of every block, `(num_blocks,)`, from the gradients that are there.
+
+    To first order, what the loss would change by if the weights of the block left (SNIP, arXiv
+    1810.02340). A layer without a gradient scores zero. Layers keep their own scales: gradients
+    compare them already.
+    """
+    scores = []
+    for layer in layers:
+        weight, grad = layer.weight.detach(), layer.weight.grad
+        product = torch.zeros_like(weight) if grad is None else (weight * grad).abs()
+        scores.append(_block_mean(layer, product))
+    return standardised(torch.cat(scores))
 
 
 def activation(layers: Sequence[BlockLayer], norms: dict[str, Tensor]) -> Tensor:

@@ -13,6 +13,7 @@ from mmsmart.channels import find_channels
 from mmsmart.dependency import Forward
 from mmsmart.latency import LatencyTable
 from mmsmart.masking import BlockMasks
+from mmsmart.methods import Method
 from mmsmart.plans import ChannelPlan, plan_blocks
 
 _ATTRIBUTE = 'block_masks'
@@ -28,6 +29,7 @@ def install_masks(
     round_to: int = 1,
     resource: str | None = None,
     latency: LatencyTable | None = None,
+    method: Method | None = None,
 ) -> BlockMasks:
     """Give a model masks over its blocks; its weights stay as they are until the search begins.
 
@@ -47,6 +49,7 @@ def install_masks(
         resource: What a plain `sparsity` counts: 'params', 'macs' or 'latency'. If not given, MACs
             where there are positions, else parameters.
         latency: Latencies of the layers, for budgets of latency.
+        method: What decides the masks; SMART if not given, see :mod:`mmsmart.methods`.
 
     Raises:
         ValueError: If the model has masks already, nothing can be pruned, or an argument is out of
@@ -88,7 +91,7 @@ def install_masks(
         found = find_layers(model, block, layers)
         least = least_densities([layer.name for layer in found[0]], layers)
         plan = plan_blocks(*found, targets, positions, latency, least)
-    masks = BlockMasks(plan)
+    masks = BlockMasks(plan, method)
     masks.stock_keys = frozenset(model.state_dict())
     masks.positions, masks.latency = positions, latency
     setattr(model, _ATTRIBUTE, masks)

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from mmsmart.blocks import BlockLayer, Excluded
 from mmsmart.budget import Budget
 from mmsmart.latency import LatencyTable
+from mmsmart.methods import Method, Smart
 from mmsmart.plans import Plan
 
 
@@ -40,26 +41,26 @@ class BlockMasks:
 
     Args:
         plan: What the blocks are, what they cost, and which weights they silence.
+        method: What decides the masks; SMART if not given.
 
     Attributes:
         plan: As given.
+        method: As given.
         importance: m, float32 `(num_blocks,)`, a parameter for an optimiser of its own.
         state: 'dense', 'soft' or 'hard'.
-        temperature: τ of the soft mask that is in the weights now.
         stock_keys: Keys of the model's state dict when the masks were installed.
         positions: Uses of each layer's weights by name, if MACs are budgeted.
         latency: Latencies of the layers, if there is a table.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, method: Method | None = None) -> None:
         self.plan = plan
+        self.method = Smart() if method is None else method
         self.importance = nn.Parameter(torch.zeros(plan.num_blocks))
         self.state = 'dense'
-        self.temperature: float | None = None
         self.stock_keys: frozenset[str] = frozenset()
         self.positions: dict[str, int] | None = None
         self.latency: LatencyTable | None = None
-        self._thresholds: Tensor | list[Tensor] | None = None
         self._latent: list[Tensor] = []  # soft only: w, while the parameters hold w * f
         self._first: Tensor | None = None  # hard mask of the first importance
         self._kept: Tensor | None = None  # hard only: the mask, bool
@@ -75,6 +76,11 @@ class BlockMasks:
     def excluded(self) -> list[Excluded]:
         """Weights that stay dense, with the reason."""
         return self.plan.excluded
+
+    @property
+    def temperature(self) -> float | None:
+        """τ of the soft mask that is in the weights now, of a method that has one."""
+        return getattr(self.method, 'temperature', None)
 
     @property
     def budgets(self) -> list[Budget]:
@@ -118,12 +124,12 @@ class BlockMasks:
         """N, the number of blocks over all layers."""
         return self.plan.num_blocks
 
-    def begin(self, importance: Tensor, temperature: float) -> None:
-        """Start the search: the soft mask of this importance goes into the weights.
+    def begin(self, importance: Tensor, temperature: float | None = None) -> None:
+        """Start the search: the first mask of this importance goes into the weights.
 
         Args:
             importance: First importance, `(num_blocks,)`.
-            temperature: τ > 0 of the first soft mask.
+            temperature: τ > 0 of the first soft mask; SMART needs it, its rivals have none.
 
         Raises:
             ValueError: If the importance has another shape or is not finite, or τ is not above 0.
@@ -138,11 +144,15 @@ class BlockMasks:
             )
         self._follow_model()
         self.importance.data = importance.detach().to(self._device, torch.float32).clone()
-        self._solve(temperature)
+        if not self.method.one_shot:
+            self.method.begin(self.plan, self.importance, temperature)
         self._first = self.hard_mask().bool()
         self._latent = self._exchange([torch.empty_like(w) for w in self.plan.weights])
         self.state = 'soft'
-        self._write_masked()
+        if self.method.one_shot:
+            self.harden()
+        else:
+            self._write_masked()
 
     @contextmanager
     def latent_weights(self, temperature: float | None = None) -> Iterator[None]:
@@ -157,13 +167,15 @@ class BlockMasks:
             temperature: τ > 0 of the next soft mask; the present one if not given.
         """
         if self.state == 'soft':
-            self._pull_back_gradients()
+            grads = [weight.grad for weight in self.plan.weights]
+            grad_mask = self.plan.unmask(self._latent, grads, self.mask())
             masked = self._exchange(self._latent)
+            self.method.backward(self.plan, self.importance, grad_mask)
             try:
                 yield
             finally:
+                self.method.advance(self.plan, self.importance, temperature)
                 self._latent = self._exchange(masked)
-                self._solve(self.temperature if temperature is None else temperature)
                 self._write_masked()
         elif self.state == 'hard':
             for _, weight, pruned in self._pruned:
@@ -185,12 +197,12 @@ class BlockMasks:
             RuntimeError: If no search is going on.
         """
         self._expect('soft', 'harden the masks')
-        self._fix(self.hard_mask().bool())
+        kept = self.hard_mask().bool()
         for weight, latent in zip(self.plan.weights, self._latent):
             weight.data.copy_(latent)
-        self._latent, self._thresholds, self.temperature = [], None, None
-        self.importance.grad = None
-        self.state = 'hard'
+        self.method.finish(self.plan, self.importance)
+        self._fix(kept)
+        self._latent, self.importance.grad, self.state = [], None, 'hard'
         self.zero_pruned()
 
     def mask(self) -> Tensor:
@@ -199,14 +211,16 @@ class BlockMasks:
             return torch.ones_like(self.importance.data)
         if self.state == 'hard':
             return self._kept.float()
-        importance = self.importance.detach()
-        return self.plan.soft_mask(importance, self._thresholds, self.temperature)
+        return self.method.mask(self.plan, self.importance.detach())
 
     def hard_mask(self) -> Tensor:
         """The mask that :meth:`harden` would set now, 0 or 1, float32 `(num_blocks,)`."""
         if self.state == 'hard':
             return self._kept.float()
-        return self.plan.top(self.importance.detach())
+        return self.plan.top(self._ranking())
+
+    def _ranking(self) -> Tensor:
+        return self.method.ranking(self.plan, self.importance.detach())
 
     def zero_pruned(self, model: nn.Module | None = None) -> None:
         """Set the pruned weights to exactly zero, in this model or in a copy of it.
@@ -241,11 +255,11 @@ class BlockMasks:
 
     def next_block_costs(self) -> list[float]:
         """What the most important pruned block of each part would add to each of them."""
-        return self.plan.next_cost(self.importance.detach(), self.hard_mask())
+        return self.plan.next_cost(self._ranking(), self.hard_mask())
 
     def at_floor(self) -> set[str]:
         """Names of the layers (of coupled channels, groups) that keep just what they must."""
-        return self.plan.at_floor(self.importance.detach(), self.hard_mask())
+        return self.plan.at_floor(self._ranking(), self.hard_mask())
 
     def soft_sparsity(self) -> float:
         """Share of the cost that the present mask removes."""
@@ -270,8 +284,9 @@ class BlockMasks:
             'layers': self.plan.description(),
             'budgets': [[*astuple(x.target), x.amount] for x in self.budgets],
             'importance': self.importance.detach().clone(),
-            'temperature': self.temperature,
-            'thresholds': self._thresholds,
+            'method': str(self.method),
+            'method_state': self.method.state_dict(),
+            'mask': self.mask() if self.state == 'soft' else None,
             'latent': [weight.clone() for weight in self._latent],
             'first': self._first,
             'kept': self._kept,
@@ -285,26 +300,24 @@ class BlockMasks:
         """
         self._expect('dense', 'load masks')
         own = self.state_dict()
-        for key in ('layers', 'budgets'):
+        for key in ('layers', 'budgets', 'method'):
             mine = own[key]
             if state[key] != mine:
                 raise ValueError(
                     f'masks: the checkpoint was made with other {key} than this model has '
                     f'({_first_difference(state[key], mine)}). Resume with the same `sparsity`, '
-                    '`block` and `layers`, or start anew from its weights with `load_from`.'
+                    '`block`, `layers` and `method`, or start anew from its weights with `load_from`.'
                 )
         self._follow_model()
 
-        def here(tensor: Any) -> Any:
-            if isinstance(tensor, list):
-                return [here(each) for each in tensor]
+        def here(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.to(self._device, copy=True)
 
         self.importance.data = here(state['importance'])
-        self.state, self.temperature = state['state'], state['temperature']
-        self._thresholds, self._first = here(state['thresholds']), here(state['first'])
+        self.state, self._first = state['state'], here(state['first'])
+        self.method.load_state_dict(state['method_state'], self._device)
         if self.state == 'soft':
-            self._latent = here(state['latent'])
+            self._latent = [here(latent) for latent in state['latent']]
             self._write_masked()
         elif self.state == 'hard':
             self._fix(here(state['kept']))
@@ -319,23 +332,6 @@ class BlockMasks:
         self.plan.follow(self._device)
         self.importance.data = self.importance.data.to(self._device)
 
-    def _pull_back_gradients(self) -> None:
-        """Turn the gradients of w * f into those of w, and give m its own."""
-        mask = self.mask()
-
-        def products() -> Iterator[Tensor | None]:
-            for weight, latent, f in zip(self.plan.weights, self._latent, self.plan.spread(mask)):
-                product = None
-                if weight.grad is not None:
-                    product = latent * weight.grad
-                    weight.grad.mul_(f)
-                yield product
-
-        grad_mask = self.plan.gather(products(), torch.zeros_like(self.importance.data))
-        self.importance.grad = self.plan.pull_back(
-            self.importance.detach(), self._thresholds, self.temperature, grad_mask
-        )
-
     def _fix(self, kept: Tensor) -> None:
         self._kept = kept
         self._pruned = self.plan.pruned(kept)
@@ -348,16 +344,9 @@ class BlockMasks:
             parameter.data = weight.data
         return held
 
-    def _solve(self, temperature: float) -> None:
-        self._thresholds = self.plan.thresholds(
-            self.importance.detach(), temperature, self._thresholds
-        )
-        self.temperature = temperature
-
     def _write_masked(self) -> None:
-        parts = self.plan.spread(self.mask())
-        for weight, latent, f in zip(self.plan.weights, self._latent, parts):
-            torch.mul(latent, f, out=weight.data)
+        weights = [weight.data for weight in self.plan.weights]
+        self.plan.scale(self._latent, self.mask(), out=weights)
 
     def _expect(self, state: str, action: str) -> None:
         if self.state != state:

@@ -791,7 +791,7 @@ def test_masks_of_another_plan_are_refused(arguments, differs, shown):
     message = str(error.value)
     assert f'the checkpoint was made with other {differs} than this model has' in message
     assert shown in message
-    assert 'Resume with the same `sparsity`, `block` and `layers`' in message
+    assert 'Resume with the same `sparsity`, `block`, `layers` and `method`' in message
     assert other.state == 'dense'
 
 

@@ -20,8 +20,9 @@ smart = dict(
     round_to=1,
     # what a plain sparsity counts: 'params', 'macs' or 'latency'
     resource='params',
-    # 'smart', or 'magnitude' for one-shot magnitude pruning
+    # 'smart', or a rival to compare it with, such as 'magnitude' or 'agp', and what it can be told
     method='smart',
+    method_cfg=dict(),
     # shares of the run's iterations; they add up to 1
     stages=dict(pretrain=0.0, search=0.6, finetune=0.4),
     # softness of the mask, falling over the search: 'geometric', 'linear' or 'cosine'

@@ -16,11 +16,13 @@ from torch.utils.data import DataLoader
 from mmsmart.cost import count_positions
 from mmsmart.engine.random_state import preserved_random_state
 from mmsmart.engine.raw_forward import RawForward
-from mmsmart.importance import activation, input_norms, magnitude
+from mmsmart.importance import activation, input_norms, magnitude, sensitivity
 from mmsmart.masking import BlockMasks
 
 # Pixels at which a network is followed where that is enough: large graphs take seconds and GiBs.
 _SMALL = 128
+# Standard deviation of a random first importance; that of measured ones is 1.
+_NOISE = 0.1
 
 
 @contextmanager
@@ -106,13 +108,18 @@ def traced_in(runner: Runner, model: nn.Module, block: Any, needs_macs: bool) ->
 def first_importance(
     runner: Runner, model: nn.Module, masks: BlockMasks, init: str, batches: int
 ) -> Tensor:
-    """First importance, from the weights and, if asked, from activations of training batches.
+    """First importance of the name that `smart.importance.init` gives.
+
+    'magnitude' knows the weights, 'activation' and 'gradient' some training batches too; 'random'
+    (little noise) and 'zero' know nothing.
 
     The batches come from a loader of their own, so that the order of the training data does not
     change. Every process of a distributed run gets the same result.
     """
     if init == 'magnitude':
         return masks.plan.first(magnitude(masks.layers))
+    if init in ('random', 'zero'):
+        return (_NOISE if init == 'random' else 0.0) * torch.randn(masks.num_blocks)
     loader = runner.train_dataloader
     # A loader with a batch sampler, such as detectors have, knows no batch size of its own.
     batch_size = loader.batch_size or getattr(loader.batch_sampler, 'batch_size', 1)
@@ -122,6 +129,17 @@ def first_importance(
         sampler=DefaultSampler(loader.dataset, shuffle=True, seed=0),
         collate_fn=loader.collate_fn,
     )
+    if init == 'gradient':
+        with evaluating(model), torch.enable_grad():
+            for _, batch in zip(range(batches), calibration):
+                data = model.data_preprocessor(batch, True)
+                model.parse_losses(model._run_forward(data, mode='loss'))[0].backward()
+        for layer in masks.layers:
+            if layer.weight.grad is not None:
+                dist.all_reduce(layer.weight.grad, op='mean')
+        scores = sensitivity(masks.layers)
+        model.zero_grad()
+        return masks.plan.first(scores)
     with evaluating(model), input_norms(masks.layers) as norms:
         for _, batch in zip(range(batches), calibration):
             data = model.data_preprocessor(batch, True)

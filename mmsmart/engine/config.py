@@ -14,9 +14,9 @@ from mmsmart.blocks import NOfM, read_block
 from mmsmart.budget import RESOURCES, Target, read_targets
 from mmsmart.functional import TemperatureSchedule
 from mmsmart.latency import LatencyTable, read_table
+from mmsmart.methods import METHODS, Method
 
-METHODS = ('smart', 'magnitude')
-INITIALISATIONS = ('activation', 'magnitude')
+INITIALISATIONS = ('activation', 'magnitude', 'gradient', 'random', 'zero')
 
 
 def build(cls: type, key: str, values: dict[str, Any] | None) -> Any:
@@ -26,13 +26,26 @@ def build(cls: type, key: str, values: dict[str, Any] | None) -> Any:
         ValueError: For a key that it does not have, naming the nearest one.
     """
     values = dict(values or {})
-    allowed = [item.name for item in fields(cls)]
+    allowed = [item.name for item in fields(cls) if item.init]
     for name in values:
         if name not in allowed:
             near = difflib.get_close_matches(name, allowed, n=1)
             hint = f' Did you mean {near[0]!r}?' if near else ''
             raise ValueError(f'{key}: unknown key {name!r}; allowed are {allowed}.{hint}')
     return cls(**values)
+
+
+def make_method(name: str, settings: dict[str, Any] | None = None) -> Method:
+    """The method that `smart.method` names, with the settings of `smart.method_cfg`.
+
+    Raises:
+        ValueError: If there is no such method, or it has no such setting.
+    """
+    if name not in METHODS:
+        near = difflib.get_close_matches(str(name), METHODS, n=1)
+        hint = f' Did you mean {near[0]!r}?' if near else ''
+        raise ValueError(f'smart.method: got {name!r}, allowed are {tuple(METHODS)}.{hint}')
+    return build(METHODS[name], 'smart.method_cfg', settings)
 
 
 @dataclass(frozen=True)
@@ -77,7 +90,7 @@ class Stages:
 
 @dataclass(frozen=True)
 class ImportanceStart:
-    """Where the importance starts: from weights and activations, or from weights alone."""
+    """Where the importance starts: what is known of the blocks before the search, or nothing."""
 
     init: str = 'activation'
     batches: int = 8
@@ -186,6 +199,7 @@ class Smart:
     resource: str = 'params'
     latency: str | dict[str, Any] | None = None
     method: str = 'smart'
+    method_cfg: dict[str, Any] = field(default_factory=dict)
     stages: dict[str, float] = field(default_factory=dict)
     temperature: dict[str, Any] = field(default_factory=dict)
     importance: dict[str, Any] = field(default_factory=dict)
@@ -201,8 +215,7 @@ class Smart:
                 'the path of a YAML or JSON file, or a dict. See docs/configuration.md.'
             )
         self.latency_table()
-        if self.method not in METHODS:
-            raise ValueError(f'smart.method: got {self.method!r}, allowed are {METHODS}.')
+        make_method(self.method, self.method_cfg)
         if self.block != 'channel':
             read_block('smart.block', self.block)
         if self.round_to != 1 and self.block != 'channel':
@@ -267,6 +280,7 @@ class Smart:
         importance = build(Importance, 'smart.importance', self.importance)
         return dict(
             method=self.method,
+            method_cfg=self.method_cfg,
             stages=self.stages,
             temperature=self.temperature,
             importance=dict(init=importance.init, batches=importance.batches),

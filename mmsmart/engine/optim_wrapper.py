@@ -51,13 +51,19 @@ class MaskedStep:
     def step(self, **kwargs: Any) -> None:
         """Step latent weights and importance, then put masks at `self.temperature` in place."""
         with self._attached().latent_weights(self.temperature):
-            if self.masks.state == 'soft':
+            if self._importance_learns:
                 same_everywhere(self.masks.importance.grad)
             self._step_importance()
             super().step(**kwargs)
+        if self.masks.state == 'soft' and self.masks.method.restarted:
+            self.optimizer.state.clear()
+
+    @property
+    def _importance_learns(self) -> bool:
+        return self.masks.state == 'soft' and self.masks.method.learns
 
     def _step_importance(self) -> None:
-        if self.masks.state == 'soft':
+        if self._importance_learns:
             if not bool(self.masks.importance.grad.isfinite().all()):
                 raise FloatingPointError(
                     'loss: its gradient is NaN or infinite in the search, so nothing was stepped '
@@ -126,7 +132,7 @@ class SmartAmpOptimWrapper(MaskedStep, _AmpOptimWrapper):
     """
 
     def _step_importance(self) -> None:
-        if self.masks.state == 'soft':
+        if self._importance_learns:
             # The scaler judges each optimiser by its own gradients. 0 times an overflow is NaN, so
             # one in any part of the network holds the importance back too.
             parameters = [p for group in self.optimizer.param_groups for p in group['params']]

@@ -18,7 +18,7 @@ from torch import nn
 from mmsmart.budget import Budget
 from mmsmart.drawing import draw_report
 from mmsmart.engine.calibration import first_importance, layer_positions
-from mmsmart.engine.config import METHODS, ImportanceStart, Stages, Temperature, build
+from mmsmart.engine.config import ImportanceStart, Stages, Temperature, build, make_method
 from mmsmart.engine.diagnosis import check_checkpoint
 from mmsmart.engine.optim_wrapper import MaskedStep
 from mmsmart.engine.pictures import show_masks
@@ -44,8 +44,9 @@ class SmartPruningHook(Hook):
     sibling; `mmsmart.SmartRunner` puts all three in place.
 
     Args:
-        method: 'smart', or 'magnitude' for one-shot magnitude pruning, which hardens at the
-            beginning of the search and fine-tunes from there on.
+        method: 'smart', or the name of another of :data:`mmsmart.methods.METHODS`; those that cut
+            once do so at the beginning of the search and fine-tune from there on.
+        method_cfg: Settings of the method.
         stages: `dict(pretrain=0.0, search=0.6, finetune=0.4)`, shares of the run's iterations.
         temperature: `dict(start=3.0, end=0.01, shape='geometric')`.
         importance: `dict(init='activation', batches=8)`, or init='magnitude' for weights alone.
@@ -60,13 +61,13 @@ class SmartPruningHook(Hook):
     def __init__(
         self,
         method: str = 'smart',
+        method_cfg: dict[str, Any] | None = None,
         stages: dict[str, float] | None = None,
         temperature: dict[str, Any] | None = None,
         importance: dict[str, Any] | None = None,
     ) -> None:
-        if method not in METHODS:
-            raise ValueError(f'smart.method: got {method!r}, allowed are {METHODS}.')
-        self.method = method
+        make_method(method, method_cfg)
+        self.method, self.method_cfg = method, method_cfg
         self.stages: Stages = build(Stages, 'smart.stages', stages)
         self.schedule = build(Temperature, 'smart.temperature', temperature).schedule()
         self.start: ImportanceStart = build(ImportanceStart, 'smart.importance', importance)
@@ -97,6 +98,7 @@ class SmartPruningHook(Hook):
                 'base file `_base_/smart.py`.'
             )
         self._begin, self._end = self.stages.boundaries(runner.max_iters)
+        masks.method = make_method(self.method, self.method_cfg)
         wrapper.attach(masks)
         if runner.cfg.get('compile'):  # of a train step, what moves masks and weights is no part
             wrapper.step = torch.compiler.disable(wrapper.step)
@@ -142,7 +144,8 @@ class SmartPruningHook(Hook):
         if runner.iter <= self._begin:
             due = 'dense'
         else:
-            due = 'soft' if runner.iter < self._end and self.method == 'smart' else 'hard'
+            is_soft = runner.iter < self._end and not self.masks.method.one_shot
+            due = 'soft' if is_soft else 'hard'
         if self.masks.state != due:
             raise ValueError(
                 f'resume: at iteration {runner.iter} of {runner.max_iters} the masks should be '
@@ -174,7 +177,7 @@ class SmartPruningHook(Hook):
         if runner.iter == self._begin and self.masks.state == 'dense':
             self._begin_search(runner)
         if self.masks.state == 'soft':
-            runner.optim_wrapper.temperature = self._temperature(runner.iter + 1)
+            self._set_progress(runner, runner.iter + 1)
             # Now, so that they stand beside the loss that they led to.
             if self._is_logged(runner, batch_idx):
                 self._log(runner)
@@ -189,7 +192,8 @@ class SmartPruningHook(Hook):
         if self.masks is None or self.masks.state != 'soft':
             return
         if runner.iter + 1 == self._end:
-            self._harden(runner)
+            self.masks.harden()
+            self._is_hard(runner)
 
     def before_val(self, runner: Runner) -> None:
         self._randomness.before_validation()
@@ -222,17 +226,20 @@ class SmartPruningHook(Hook):
         self._measure(runner)
         self._write(runner)
 
-    def _temperature(self, iteration: int) -> float:
+    def _set_progress(self, runner: Runner, iteration: int) -> None:
         last = max(self._end - self._begin - 1, 1)
-        return self.schedule(min((iteration - self._begin) / last, 1.0))
+        progress = min((iteration - self._begin) / last, 1.0)
+        self.masks.method.progress = progress
+        runner.optim_wrapper.temperature = self.schedule(progress)
 
     def _begin_search(self, runner: Runner) -> None:
         model, masks = _plain_model(runner), self.masks
         self._measure(runner)
         runner.message_hub.update_info(_DENSE_METRICS, self._metrics)
-        init = 'magnitude' if self.method == 'magnitude' else self.start.init
+        init = masks.method.init or self.start.init
         importance = first_importance(runner, model, masks, init, self.start.batches)
-        masks.begin(same_everywhere(importance), self._temperature(self._begin))
+        self._set_progress(runner, self._begin)
+        masks.begin(same_everywhere(importance), runner.optim_wrapper.temperature)
         expect_agreement(masks, f'at the beginning of the search, iteration {runner.iter},')
         self._show(runner)
         runner.logger.info(
@@ -240,12 +247,11 @@ class SmartPruningHook(Hook):
             f'blocks in {len(masks.layers)} layers; {len(masks.excluded)} layers left dense. '
             f'May stay: {"; ".join(_allowed(budget) for budget in masks.budgets)}.'
         )
-        if self.method == 'magnitude':
-            self._harden(runner)
+        if masks.state == 'hard':
+            self._is_hard(runner)
 
-    def _harden(self, runner: Runner) -> None:
+    def _is_hard(self, runner: Runner) -> None:
         masks = self.masks
-        masks.harden()
         expect_agreement(masks, f'at the end of the search, iteration {runner.iter + 1},')
         self._show(runner)
         for hook in runner.hooks:
@@ -293,7 +299,8 @@ class SmartPruningHook(Hook):
             ('undecided', masks.undecided()),
             ('moved', masks.moved()),
         ):
-            runner.message_hub.update_scalar(f'train/{name}', value)
+            if value is not None:
+                runner.message_hub.update_scalar(f'train/{name}', value)
 
     @master_only
     def _write(self, runner: Runner) -> None:

@@ -135,9 +135,10 @@ class BlockPlan(LayerPlan):
         price = tightest(limits, mask).cost.marginal(mask)
         return limits_vjp(importance, thresholds, temperature, grad_mask, price, self.floors)
 
-    def top(self, importance: Tensor) -> Tensor:
-        """The hard mask of an importance."""
-        return limited_topk(importance, [budget.limit for budget in self.budgets], self.floors)
+    def top(self, importance: Tensor, removed: float = 1.0) -> Tensor:
+        """The hard mask of an importance, at a share of what is to be removed."""
+        limits = [budget.limit_at(removed) for budget in self.budgets]
+        return limited_topk(importance, limits, self.floors)
 
     def spent(self, mask: Tensor) -> list[float]:
         """What a mask spends of each of :attr:`budgets`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ class ChannelPlan:
             what scores of units are computed from.
         channels: All layers that lose channels.
         groups: Units in the same places of the same layers.
+        layer_sizes: Number of units of each group.
 
     The other attributes and methods are those of :class:`mmsmart.plans.BlockPlan`.
 
@@ -72,6 +73,7 @@ class ChannelPlan:
                 'both. Give one sparsity, or prune blocks.'
             )
         self.channels, self.groups, self.excluded = list(channels), list(groups), list(excluded)
+        self.layer_sizes = [len(group.units) for group in self.groups]
         self.round_to = round_to
         self.budgets = []
         for target in targets:
@@ -96,14 +98,14 @@ class ChannelPlan:
             raise ValueError(f'sparsity: {asked} is too high. {error}') from error
 
     def _least(self, least: dict[str, float | None]) -> Floors:
-        lengths = torch.tensor([len(group.units) for group in self.groups])
+        lengths = torch.tensor(self.layer_sizes)
         shares = [max(least.get(name) or 0.0 for name in group.layers) for group in self.groups]
         least = [max(1, math.ceil(x * n - 1e-9)) for x, n in zip(shares, lengths.tolist())]
         ones = torch.ones(self.num_blocks, dtype=torch.float64)
         return Floors(ones, lengths, torch.tensor(least).double())
 
-    def _topk(self, importance: Tensor) -> tuple[Tensor, Tensor]:
-        limits = [budget.limit for budget in self.budgets]
+    def _topk(self, importance: Tensor, removed: float = 1.0) -> tuple[Tensor, Tensor]:
+        limits = [budget.limit_at(removed) for budget in self.budgets]
         return coupled_topk(importance, limits, self._group, self._floors.least, self.round_to)
 
     @property
@@ -134,14 +136,26 @@ class ChannelPlan:
             values = with_rest[layer.out.to(mask.device)]
             yield values.reshape([-1 if i == axis else 1 for i in range(parameter.ndim)])
 
-    def gather(self, products: Iterable[Tensor | None], into: Tensor) -> Tensor:
-        for (layer, _, axis), product in zip(self._carried(), products):
-            if product is not None:
-                others = [i for i in range(product.ndim) if i != axis]
-                sums = product.sum(dim=others) if others else product
-                masked = (layer.out >= 0).to(into.device)
-                into.index_add_(0, layer.out.to(into.device)[masked], sums.to(into.dtype)[masked])
-        return into
+    def scale(self, latent: Sequence[Tensor], mask: Tensor, out: Sequence[Tensor]) -> None:
+        for w, factor, masked in zip(latent, self.spread(mask), out):
+            torch.mul(w, factor, out=masked)
+
+    def unmask(
+        self, latent: Sequence[Tensor], grads: Sequence[Tensor | None], mask: Tensor
+    ) -> Tensor:
+        grad_mask = torch.zeros(self.num_blocks, device=mask.device)
+        carried = zip(self._carried(), self.spread(mask), latent, grads)
+        for (layer, _, axis), factor, w, grad in carried:
+            if grad is None:
+                continue
+            others = [i for i in range(w.ndim) if i != axis]
+            sums = (w * grad).sum(dim=others) if others else w * grad
+            masked = (layer.out >= 0).to(mask.device)
+            grad_mask.index_add_(
+                0, layer.out.to(mask.device)[masked], sums.to(mask.dtype)[masked]
+            )
+            grad.mul_(factor)
+        return grad_mask
 
     def thresholds(self, importance: Tensor, temperature: float, start: Tensor | None) -> Tensor:
         limits = [budget.limit for budget in self.budgets]
@@ -162,8 +176,8 @@ class ChannelPlan:
         grad = limits_vjp(m, found, temperature, grad_mask.cpu(), price, self._floors)
         return grad.to(importance.device)
 
-    def top(self, importance: Tensor) -> Tensor:
-        return self._topk(importance)[0]
+    def top(self, importance: Tensor, removed: float = 1.0) -> Tensor:
+        return self._topk(importance, removed)[0]
 
     def spent(self, mask: Tensor) -> list[float]:
         return [budget.cost.of(mask) for budget in self.budgets]
@@ -173,12 +187,15 @@ class ChannelPlan:
         more = kept.float().cpu() + following.float().cpu()
         return [budget.cost.of(more) - budget.cost.of(kept) for budget in self.budgets]
 
-    def first(self, scores: Tensor) -> Tensor:
-        """Mean over all the layers that make a unit's channels, standardised anew."""
+    def average(self, scores: Tensor) -> Tensor:
+        """Mean over all the layers that make a unit's channels."""
         units = self._unit_of_score.to(scores.device)
         made = units >= 0
-        sums = scores.new_zeros(self.num_blocks).index_add_(0, units[made], scores[made])
-        return standardised(sums / torch.bincount(units[made], minlength=self.num_blocks))
+        sums = scores.new_zeros(self.num_blocks).index_add(0, units[made], scores[made])
+        return sums / torch.bincount(units[made], minlength=self.num_blocks)
+
+    def first(self, scores: Tensor) -> Tensor:
+        return standardised(self.average(scores))
 
     def pruned(self, kept: Tensor) -> list[tuple[str, nn.Parameter, Tensor]]:
         return [

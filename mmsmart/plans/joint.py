@@ -63,11 +63,15 @@ class JointPlan:
         for plan, part in self._each(mask):
             yield from plan.spread(part)
 
-    def gather(self, products: Iterable[Tensor | None], into: Tensor) -> Tensor:
-        products = iter(products)
-        for plan, part in self._each(into):
-            plan.gather(islice(products, len(plan.weights)), part)
-        return into
+    def scale(self, latent: Sequence[Tensor], mask: Tensor, out: Sequence[Tensor]) -> None:
+        for (plan, f), w, masked in zip(self._each(mask), self._by_plan(latent), self._by_plan(out)):
+            plan.scale(w, f, masked)
+
+    def unmask(
+        self, latent: Sequence[Tensor], grads: Sequence[Tensor | None], mask: Tensor
+    ) -> Tensor:
+        parts = zip(self._each(mask), self._by_plan(latent), self._by_plan(grads))
+        return torch.cat([plan.unmask(w, grad, f) for (plan, f), w, grad in parts])
 
     def thresholds(
         self, importance: Tensor, temperature: float, start: list[Tensor] | None
@@ -97,14 +101,17 @@ class JointPlan:
             ]
         )
 
-    def top(self, importance: Tensor) -> Tensor:
-        return torch.cat([plan.top(part) for plan, part in self._each(importance)])
+    def top(self, importance: Tensor, removed: float = 1.0) -> Tensor:
+        return torch.cat([plan.top(part, removed) for plan, part in self._each(importance)])
 
     def spent(self, mask: Tensor) -> list[float]:
         return [cost for plan, part in self._each(mask) for cost in plan.spent(part)]
 
     def next_cost(self, importance: Tensor, kept: Tensor) -> list[float]:
         return self._of_hard(lambda plan, m, h: plan.next_cost(m, h), importance, kept)
+
+    def average(self, scores: Tensor) -> Tensor:
+        return scores
 
     def first(self, scores: Tensor) -> Tensor:
         return scores
@@ -120,6 +127,10 @@ class JointPlan:
 
     def _each(self, values: Tensor) -> Iterator[tuple[BlockPlan | NOfMPlan, Tensor]]:
         return zip(self.plans, values.split(self._lengths))
+
+    def _by_plan(self, by_weight: Sequence[Any]) -> Iterator[list[Any]]:
+        every = iter(by_weight)
+        return (list(islice(every, len(plan.layers))) for plan in self.plans)
 
     def _of_hard(self, ask: Callable[..., Iterable], importance: Tensor, kept: Tensor) -> list:
         parts = zip(self._each(importance), kept.split(self._lengths))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from mmsmart.blocks import BlockLayer, Excluded
@@ -36,20 +37,38 @@ class LayerPlan:
         for layer, part in zip(self.layers, mask.split(self.layer_sizes)):
             yield layer.expand(part)
 
-    def gather(self, products: Iterable[Tensor | None], into: Tensor) -> Tensor:
-        """Sum what was computed for each of :attr:`weights` over every block, `(num_blocks,)`."""
-        for layer, part, product in zip(self.layers, into.split(self.layer_sizes), products):
-            if product is not None:
-                part.copy_(layer.reduce(product))
-        return into
+    def scale(self, latent: Sequence[Tensor], mask: Tensor, out: Sequence[Tensor]) -> None:
+        """Multiply what stands for each of :attr:`weights` by the mask."""
+        for layer, f, w, masked in zip(self.layers, mask.split(self.layer_sizes), latent, out):
+            layer.scale(w, f, out=masked)
+
+    def unmask(
+        self, latent: Sequence[Tensor], grads: Sequence[Tensor | None], mask: Tensor
+    ) -> Tensor:
+        """Turn gradients of what :meth:`scale` gave into those of what it was given, in place.
+
+        Returns:
+            The gradient of the mask, float32 `(num_blocks,)`: Σ w ∂L/∂(w f) over every block.
+        """
+        grad_mask = torch.zeros(self.num_blocks, device=mask.device)
+        parts = zip(mask.split(self.layer_sizes), grad_mask.split(self.layer_sizes))
+        for layer, (f, sums), w, grad in zip(self.layers, parts, latent, grads):
+            if grad is not None:
+                sums.copy_(layer.dot(w, grad))
+                layer.scale(grad, f, out=grad)
+        return grad_mask
+
+    def average(self, scores: Tensor) -> Tensor:
+        """Mean score of what one importance silences, from scores of the blocks of the layers."""
+        return scores
 
     def first(self, scores: Tensor) -> Tensor:
-        """First importance, from scores of the blocks of :attr:`layers`."""
+        """The same for scores on a common scale, on which it stays."""
         return scores
 
     def pruned(self, kept: Tensor) -> list[tuple[str, nn.Parameter, Tensor]]:
         """Every parameter with pruned weights: key, parameter, and where it is pruned, bool."""
-        gone = self.spread(~kept)
         return [
-            (f'{layer.name}.weight', layer.weight, where) for layer, where in zip(self.layers, gone)
+            (f'{layer.name}.weight', layer.weight, layer.expand(gone))
+            for layer, gone in zip(self.layers, (~kept).split(self.layer_sizes))
         ]

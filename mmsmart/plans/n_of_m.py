@@ -58,8 +58,9 @@ class NOfMPlan(LayerPlan):
         )
         return self._flat(rows)
 
-    def top(self, importance: Tensor) -> Tensor:
-        return self._flat(rows_topk(self._rows(importance), self.n, self._valid))
+    def top(self, importance: Tensor, removed: float = 1.0) -> Tensor:
+        kept = self.m - int(removed * (self.m - self.n))
+        return self._flat(rows_topk(self._rows(importance), kept, self._valid))
 
     def spent(self, mask: Tensor) -> list[float]:
         return [float(mask.double().sum())]

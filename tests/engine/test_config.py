@@ -82,9 +82,21 @@ WRONG = {
         ['smart.temperature', "'begin'", "['start', 'end', 'shape']"],
     ),
     'unknown key of a rule': (dict(layers=[dict(name='head')]), ['layers[0]', 'pattern']),
-    'unknown method': (dict(method='random'), ['smart.method', "'random'", "'magnitude'"]),
+    'unknown method': (dict(method='agb'), ['smart.method', "'agb'", "Did you mean 'agp'?"]),
+    'unknown setting of the method': (
+        dict(method='agp', method_cfg=dict(intervall=3)),
+        ['smart.method_cfg', "'intervall'", "Did you mean 'interval'?"],
+    ),
+    'setting of another method': (
+        dict(method_cfg=dict(interval=3)),
+        ['smart.method_cfg', "'interval'", "['tied']"],
+    ),
+    'odd number of phases': (
+        dict(method='acdc', method_cfg=dict(phases=3)),
+        ['smart.method_cfg.phases', '3', 'even'],
+    ),
     'unknown resource': (dict(resource='joules'), ['smart.resource', "'joules'", "'params'"]),
-    'unknown start': (dict(importance=dict(init='zero')), ['smart.importance.init', "'zero'"]),
+    'unknown start': (dict(importance=dict(init='ones')), ['smart.importance.init', "'ones'"]),
     'no calibration batch': (dict(importance=dict(batches=0)), ['smart.importance.batches', '0']),
     'importance that does not learn': (dict(importance=dict(lr=0.0)), ['smart.importance.lr']),
     'importance with weight decay': (
@@ -261,7 +273,7 @@ def test_checkpoint_with_other_classes_is_a_start_for_pretraining(tmp_path, dens
         pytest.param(dict(sparsity=0.5), ['budget', '`sparsity`'], id='sparsity'),
         pytest.param(dict(block=(2, 4, 1, 1)), ['layers', '`block`'], id='block'),
         pytest.param(SEARCH_AT_ONCE, ['smart.stages', '6 to 18', '6 to 9'], id='stages'),
-        pytest.param(dict(method='magnitude'), ['method', 'soft', 'hard'], id='method'),
+        pytest.param(dict(method='agp'), ['method', 'Smart(', 'AGP('], id='method'),
     ],
 )
 def test_resume_under_another_plan_is_refused(tmp_path, smart, words):

@@ -80,9 +80,21 @@ def test_persistent_workers_resume_where_they_draw_nothing(tmp_path):
     assert_resumes(tmp_path, run_of(tmp_path, PERSISTENT_WORKERS, DROPOUT), 15)
 
 
-def test_one_shot_magnitude_pruning_resumes(tmp_path):
-    config = smart_config(tmp_path, dict(method='magnitude'), **DROPOUT)
-    assert_resumes(tmp_path, config, 15)
+RIVALS = {
+    'magnitude': dict(),
+    'taylor': dict(interval=4),
+    'agp': dict(interval=2),
+    'acdc': dict(phases=4),
+    'pdp': dict(),
+    'movement': dict(),
+    'sequential_attention': dict(cycles=1),
+}
+
+
+@pytest.mark.parametrize('method', RIVALS)
+def test_rival_resumes(tmp_path, method):
+    smart = dict(method=method, method_cfg=RIVALS[method])
+    assert_resumes(tmp_path, smart_config(tmp_path, smart, **DROPOUT), 15)
 
 
 @pytest.mark.slow  # MMEngine sleeps two seconds whenever such a loop comes to the end of its data

@@ -146,12 +146,11 @@ def _by_layer(values: Tensor, layers: Sequence[Any]) -> Sequence[Tensor]:
 
 
 def _mask(masks: dict[str, Any]) -> Tensor | None:
-    """The mask of every block, NaN where it can't be told; None while dense."""
+    """The mask of every block; None while dense."""
     if masks.get('state') == 'hard':
         return masks['kept'].float()
     if masks.get('state') == 'soft':
-        distance = masks['importance'].double() - _thresholds(masks)
-        return torch.sigmoid(distance / masks['temperature']).float()
+        return masks['mask']
     return None
 
 
@@ -161,7 +160,7 @@ def _thresholds(masks: dict[str, Any]) -> Tensor:
     A plan has one for all its blocks, or one before those of its layers where floors hold. Plans
     side by side, which have a list of these, are told apart by the parts that budgets name.
     """
-    found = masks.get('thresholds', masks.get('threshold'))
+    found = masks['method_state']['thresholds']
     layers = masks['layers']
     plans = _plans(masks) if isinstance(found, list) else [layers]
     found = found if isinstance(found, list) else [found]
@@ -202,17 +201,19 @@ def _plans(masks: dict[str, Any]) -> list[list[Any]]:
 def importances(checkpoint: Checkpoint) -> Importances | None:
     """Importance minus threshold of every block; None before the search.
 
-    Once the masks are hard θ is gone: it is put where fewest blocks are on the wrong side of it.
+    Where there is no θ, once the masks are hard or for a rival of SMART, it is put where fewest
+    blocks are on the wrong side of it.
     """
     masks = checkpoint.masks
     values = _mask(masks)
     if values is None:
         return None
     importance = masks['importance'].double()
-    if masks['state'] == 'soft':
-        distance, temperature = importance - _thresholds(masks), masks['temperature']
+    temperature = masks['method_state'].get('temperature')
+    if temperature is not None:
+        distance = importance - _thresholds(masks)
     else:
-        kept, temperature = masks['kept'].bool(), None
+        kept = values > 0.5
         plans = _plans(masks) if len(masks.get('budgets', [])) > 1 else [masks['layers']]
         lengths = [sum(_lengths(rows)) for rows in plans]
         if sum(lengths) != len(kept):
