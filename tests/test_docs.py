@@ -191,12 +191,19 @@ def test_the_example_for_channels_of_any_module_prunes_half():
 def test_the_example_of_a_method_prunes_by_its_score():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 16))
-    names = {'model': model, 'loss_of': lambda net: net(torch.ones(4, 32)).square().mean()}
-    exec(example('docs/extending.md', 'def taylor'), names)
-    masks = names['masks']
+    names: dict = {}
+    exec(example('docs/extending.md', 'class Saliency'), names)
+    masks = mmsmart.install_masks(model, sparsity=0.8, block=(16, 8), method=names['Saliency']())
+    masks.begin(torch.zeros(masks.num_blocks))
+    for progress in (0.5, 1.0):
+        model(torch.ones(4, 32)).square().mean().backward()
+        masks.method.progress = progress
+        with masks.latent_weights():
+            pass
+    score, kept = masks.method.average, masks.mask().bool()
     assert masks.kept_cost() <= masks.budget < masks.kept_cost() + 16 * 8
-    score, kept = names['taylor'](masks.layers), masks.hard_mask().bool()
-    assert score.isfinite().all() and score[kept].mean() > score[~kept].mean()
+    assert score[kept].mean() > score[~kept].mean()
+    masks.harden()
 
 
 def test_the_example_of_a_resource_grows_with_every_block(capsys):
