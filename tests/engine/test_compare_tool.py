@@ -1,0 +1,358 @@
+"""Tests of tools/compare.py: what runs, what is kept, what is written.
+
+Most runs here are those of a trainer that only pretends, and writes a result at once.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from contextlib import closing
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from rich.console import Console
+
+from engine.runs import REPO, assert_finished, run_tool
+from mmsmart.compare import JobFolder, config_text, jobs_of, read_suite, run_jobs, suite_of
+from mmsmart.engine.compare import expect_valid
+
+TOOL = REPO / 'tools/compare.py'
+SUITES = sorted((REPO / 'configs/compare').glob('*.yaml'))
+COMMAND = [sys.executable, '-S', 'trainer.py']
+# Notes that it was called, does as told in orders.json, and writes what a run would.
+TRAINER = """
+import json, sys, time
+from pathlib import Path
+config, work_dir = sys.argv[1], Path(sys.argv[sys.argv.index('--work-dir') + 1])
+names = {}
+exec(Path(config).read_text(), names)
+job = Path(config).read_text().splitlines()[0].removeprefix('# ')
+with open('calls', 'a') as calls:
+    calls.write(job + (' --resume' if '--resume' in sys.argv else '') + '\\n')
+order = json.loads(Path('orders.json').read_text()).get(job)
+print('training', job)
+(work_dir / 'epoch_1.pth').write_text('weights')
+(work_dir / 'last_checkpoint').write_text('/moved/since/epoch_1.pth')
+if order == 'fail':
+    sys.exit('ValueError: as ordered')
+if order == 'hang':
+    time.sleep(600)
+if 'smart' in names:
+    smart, seed = names['smart'], names['randomness']['seed']
+    assert '/dense/' not in names['load_from'] or Path(names['load_from']).is_file()
+    value = 70.0 + seed + (1.0 if smart['method'] == 'smart' else 0.0)
+    figures = {'params': 100, 'macs': 1000}
+    report = dict(
+        method=smart['method'], resource='params', target_sparsity=smart['sparsity'],
+        achieved_sparsity=smart['sparsity'], budget=50, kept=50, next_block_cost=1,
+        dense={**figures, 'accuracy/top1': 75.0}, layers=[], excluded=[],
+        pruned={'params': 40, 'macs': 500, 'accuracy/top1': value},
+    )
+    if order == 'other metric':
+        report['pruned']['mIoU'] = report['pruned'].pop('accuracy/top1')
+    (work_dir / 'pruning.json').write_text(json.dumps(report))
+"""
+TASK = {
+    'dense': 'configs/mmpretrain/resnet14_1xb64_cifar10.py',
+    'config': 'configs/mmpretrain/resnet14_1xb64_cifar10_smart.py',
+    'metric': 'accuracy/top1',
+}
+SUITE = {
+    'tasks': {'net': TASK},
+    'methods': {'smart': {}, 'magnitude': {}},
+    'blocks': ['8x8'],
+    'sparsities': [0.7],
+    'seeds': [0, 1],
+}
+NAMES = [
+    f'net/{part}/seed{seed}'
+    for seed in (0, 1)
+    for part in ('dense', 'smart/8x8/0.7', 'magnitude/8x8/0.7')
+]
+
+
+@pytest.fixture
+def desk(tmp_path, monkeypatch):
+    """A folder with a suite and the trainer; calling it runs the tool in this process."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('OMP_NUM_THREADS', '1')
+    # Takes longer than the runs.
+    monkeypatch.setattr('mmsmart.compare.draw_curves', lambda results, methods, path: path.touch())
+    Path('trainer.py').write_text(TRAINER)
+    tool = runpy.run_path(str(TOOL))
+    desk = SimpleNamespace(root=tmp_path / 'work_dirs/compare/trial', shown='')
+
+    def write(orders=None, **changes):
+        Path('trial.yaml').write_text(yaml.safe_dump({**SUITE, **changes}, sort_keys=False))
+        Path('orders.json').write_text(json.dumps(orders or {}))
+        Path('calls').write_text('')
+
+    def run(*arguments):
+        args = ['trial.yaml', '--jobs', '1', '--command', ' '.join(COMMAND), *arguments]
+        with Path('shown').open('w') as file:
+            is_complete = tool['compared'](tool['parse_args'](args), Console(file=file, width=300))
+        desk.shown = Path('shown').read_text()
+        return is_complete
+
+    desk.write, desk.run = write, run
+    desk.calls = lambda: Path('calls').read_text().splitlines()
+    desk.page = lambda: (desk.root / 'results.md').read_text()
+    write()
+    return desk
+
+
+def rows(root):
+    with (root / 'results.csv').open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_suite_runs_in_order_and_ends_in_tables(desk):
+    assert desk.run()
+    assert desk.calls() == NAMES
+    assert [float(row['value']) for row in rows(desk.root)] == [71.0, 70.0, 72.0, 71.0]
+    assert {(row['dense'], row['params_kept'], row['macs_kept']) for row in rows(desk.root)} == {
+        ('75.0', '0.4', '0.5')
+    }
+    assert '| smart | **71.50 ± 0.71 (2)** |' in desk.page()
+    assert 'In **1 of 1** cells' in desk.page() and 'Missing' not in desk.page()
+    assert '![net, 8x8](net-8x8.png)' in desk.page()
+    assert '6 of 6 runs are finished, 0 failed' in desk.shown
+
+
+def test_what_is_finished_is_not_run_again(desk):
+    assert desk.run('--only', '*/seed0')
+    assert desk.calls() == NAMES[:3]
+    before = (desk.root / 'results.csv').read_text()
+    desk.write()
+    assert desk.run()
+    assert desk.calls() == NAMES[3:]
+    assert (desk.root / 'results.csv').read_text().startswith(before)
+    desk.write()
+    assert desk.run() and desk.calls() == []
+
+
+def test_changed_settings_run_again_and_keep_what_was_there(desk):
+    desk.run()
+    desk.write(methods={'smart': {'temperature': {'start': 1.0}}, 'magnitude': {}})
+    assert desk.run('--dry-run')
+    assert desk.shown.count('changed') == 2
+    assert desk.run()
+    assert desk.calls() == [NAMES[1], NAMES[4]]
+    assert (desk.root / f'{NAMES[1]}.replaced/pruning.json').is_file()
+
+
+def test_a_row_that_is_new_leaves_the_others_alone(desk):
+    desk.run()
+    desk.write(
+        methods={**SUITE['methods'], 'hot': {'method': 'smart', 'temperature': {'end': 1.0}}}
+    )
+    assert desk.run()
+    assert desk.calls() == ['net/hot/8x8/0.7/seed0', 'net/hot/8x8/0.7/seed1']
+
+
+def test_failures_are_recorded_and_the_others_go_on(desk):
+    desk.write({NAMES[1]: 'fail', NAMES[2]: 'other metric'})
+    assert not desk.run()
+    assert desk.calls() == NAMES
+    assert f'{NAMES[1]}: ended with exit code 1' in desk.shown
+    assert 'ValueError: as ordered' in desk.shown and '4 of 6 runs are finished' in desk.shown
+    page = desk.page()
+    assert f'| {NAMES[1]} | ended with exit code 1: ValueError: as ordered |' in page
+    assert "'accuracy/top1' is None in pruning.json, which has ['mIoU']" in page
+    assert '| smart | **72.00 (1)** |' in page
+    desk.write()
+    assert desk.run()
+    assert desk.calls() == NAMES[1:3]  # anew, without --resume
+
+
+def test_a_failed_dense_run_takes_its_pruning_runs_with_it(desk):
+    desk.write({NAMES[0]: 'fail'})
+    assert not desk.run()
+    assert desk.calls() == [NAMES[0], *NAMES[3:]]
+    assert f'{NAMES[1]}: {NAMES[0]} failed, so it was not run' in desk.shown
+
+
+def test_a_stopped_run_is_ended_and_goes_on_from_its_checkpoint(desk):
+    desk.write({NAMES[0]: 'hang'})
+    jobs = jobs_of(read_suite('trial.yaml'))
+    with closing(run_jobs(jobs, desk.root, COMMAND, [{}])) as events:
+        assert next(events)[1] == 'started'
+        while not (desk.root / NAMES[0] / 'last_checkpoint').is_file():
+            time.sleep(0.05)
+        time.sleep(0.2)
+    record = JobFolder(desk.root, jobs[0]).record()
+    assert record['state'] == 'begun' and record['seconds'] > 0
+    desk.write()
+    assert desk.run('--only', NAMES[0])
+    assert desk.calls() == [f'{NAMES[0]} --resume']
+    assert JobFolder(desk.root, jobs[0]).record()['seconds'] > record['seconds']
+
+
+def test_a_run_that_another_process_holds_is_left_to_it(desk):
+    jobs = jobs_of(read_suite('trial.yaml'))
+    holder = JobFolder(desk.root, jobs[0])
+    lock = holder.lock()
+    with closing(run_jobs(jobs[:1], desk.root, COMMAND, [{}])) as events:
+        assert next(events)[1] == 'held'
+        holder.prepare()
+        (holder.path / 'epoch_1.pth').touch()
+        (holder.path / 'last_checkpoint').write_text('epoch_1.pth')
+        holder.note_end('done', 1.0)
+        lock.close()
+        assert next(events)[1] == 'done'
+    assert desk.calls() == []
+
+
+def test_checkpoints_of_finished_pruning_runs_go_unless_they_are_kept(desk):
+    desk.run('--only', NAMES[1], '--keep-checkpoints')
+    assert (desk.root / NAMES[1] / 'epoch_1.pth').is_file()
+    desk.run('--only', NAMES[2])
+    assert not (desk.root / NAMES[2] / 'epoch_1.pth').is_file()
+    assert (desk.root / NAMES[2] / 'pruning.json').is_file()
+    assert (desk.root / NAMES[0] / 'epoch_1.pth').is_file()  # others start from it
+
+
+def test_a_dry_run_writes_nothing_and_tables_alone_run_nothing(desk):
+    assert desk.run('--dry-run')
+    assert [line.split()[-1] for line in desk.shown.splitlines()[:-1]] == NAMES
+    assert '6 runs, 2 dense and 4 pruning; 0 finished' in desk.shown
+    assert not desk.root.exists()
+    assert not desk.run('--table-only')
+    assert desk.calls() == [] and rows(desk.root) == []
+    assert '0 of 4 runs are finished' in desk.page() and '4 runs were not made' in desk.page()
+
+
+@pytest.mark.parametrize(
+    ('methods', 'message'),
+    [
+        ({'smrt': {}}, "methods.smrt: smart.method: got 'smrt', allowed are"),
+        ({'smart': {'temprature': {}}}, "methods.smart: smart: unknown key 'temprature'"),
+        ({'smart': {'stages': {'search': 2}}}, 'methods.smart: smart.stages'),
+    ],
+)
+def test_settings_that_a_run_would_refuse_are_refused_before_any_run(desk, methods, message):
+    desk.write(methods=methods)
+    with pytest.raises(ValueError, match=message):
+        desk.run('--dry-run')
+
+
+def test_missing_weights_are_named_before_any_run(desk):
+    task = {**TASK, 'checkpoint': 'nowhere/seed{seed}.pth'}
+    desk.write(tasks={'net': task})
+    with pytest.raises(FileNotFoundError, match=r'tasks.net.checkpoint: nowhere/seed0.pth is not'):
+        desk.run()
+    assert desk.calls() == []
+
+
+def test_interrupting_the_tool_ends_what_it_started(desk):
+    desk.write({NAMES[0]: 'hang'})
+    words = [sys.executable, TOOL, 'trial.yaml', '--jobs', '1', '--command', ' '.join(COMMAND)]
+    environment = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(REPO), *sys.path])}
+    with subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        while not (desk.root / NAMES[0] / 'last_checkpoint').is_file():
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        shown, _ = process.communicate(timeout=30)
+    assert process.returncode == 130 and 'the same command goes on from here' in shown
+    folder = JobFolder(desk.root, jobs_of(read_suite('trial.yaml'))[0])
+    with folder.lock() as lock:  # nothing that it started is alive and holds it
+        assert not lock.closed
+
+
+@pytest.mark.parametrize('path', SUITES, ids=lambda path: path.stem)
+def test_shipped_suite_can_run_as_far_as_can_be_told_without_data(path, tmp_path):
+    jobs = jobs_of(read_suite(path))
+    expect_valid(jobs)
+    assert len({job.name for job in jobs}) == len(jobs) > 0
+    for job in jobs:
+        names: dict = {}
+        exec(config_text(job, tmp_path / 'seed.py', None), names)
+        assert (tmp_path / names['_base_'][0]).resolve().is_file()
+
+
+@pytest.mark.parametrize('path', SUITES, ids=lambda path: path.stem)
+def test_configs_of_a_shipped_suite_inherit_what_they_change(path, tmp_path):
+    """Each first run of a task, if its toolbox is there: an option must not make up a setting."""
+    from mmengine.config import Config
+
+    from mmsmart.engine.stock_tools import enable_inheritance
+
+    enable_inheritance()
+    suite = read_suite(path)
+    for task in suite.tasks:
+        job = next(job for job in jobs_of(suite) if job.task == task and job.method)
+        if find_spec(Path(job.config).parent.name) is None:
+            pytest.skip(f'{Path(job.config).parent.name} is not installed')
+        file = tmp_path / 'seed.py'
+        file.write_text(config_text(job, file, None))
+        stock, config = Config.fromfile(REPO / job.config), Config.fromfile(file)
+        assert config.runner_type == 'mmsmart.SmartRunner'
+        assert config.smart.sparsity == job.sparsity and config.randomness.seed == job.seed
+        assert '_delete_' not in str(config)
+        new = set(keys(config.to_dict())) - set(keys(stock.to_dict()))
+        assert new <= {
+            'smart.sparsity',
+            'randomness.seed',
+            'optim_wrapper.type',
+            'optim_wrapper.dtype',
+            'param_scheduler.T_max',
+            'val_dataloader.dataset.split',
+        }
+
+
+def keys(part, prefix=''):
+    """Dotted keys of all that is in dictionaries inside dictionaries."""
+    for key, value in part.items():
+        yield f'{prefix}{key}'
+        if isinstance(value, dict):
+            yield from keys(value, f'{prefix}{key}.')
+
+
+def test_a_tuning_suite_is_scored_on_a_validation_split():
+    (path,) = [path for path in SUITES if path.stem.endswith('_tuning')]
+    for job in jobs_of(read_suite(path)):
+        assert job.options['val_dataloader']['dataset']['split'] == 'val'
+
+
+def test_two_methods_on_digits_come_out_of_one_command(tmp_path, monkeypatch):
+    task = {
+        'config': 'configs/mmpretrain/resnet18_digits_smart.py',
+        'metric': 'accuracy/top1',
+        'options': {
+            'train_cfg': {'max_epochs': 3, 'val_interval': 3},
+            'param_scheduler.periods': [1, 2],
+            'smart.stages': {'pretrain': 0.34, 'search': 0.33, 'finetune': 0.33},
+            'smart.importance': {'batches': 1},
+            'train_dataloader.dataset.indices': 128,
+            'val_dataloader.dataset.indices': 150,
+        },
+    }
+    grid = {**SUITE, 'tasks': {'digits': task}, 'sparsities': [0.8], 'seeds': [0]}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('OMP_NUM_THREADS', '1')
+    monkeypatch.setenv('PYTHONPATH', os.pathsep.join([str(REPO), *sys.path]))
+    Path('digits.yaml').write_text(yaml.safe_dump(grid, sort_keys=False))
+    log = tmp_path / 'log'
+    assert_finished(run_tool, TOOL, 'digits.yaml', '--work-dir', 'out', '--jobs', '2', log=log)
+    assert (tmp_path / 'out/digits-8x8.png').read_bytes().startswith(b'\x89PNG')
+    results = rows(tmp_path / 'out')
+    assert [row['method'] for row in results] == ['smart', 'magnitude']
+    for row, job in zip(results, jobs_of(suite_of(grid, 'digits'))):
+        report = json.loads((tmp_path / 'out' / job.name / 'pruning.json').read_text())
+        assert report['method'] == row['method']
+        assert float(row['value']) == pytest.approx(report['pruned']['accuracy/top1'], abs=1e-3)
+        assert float(row['dense']) == pytest.approx(report['dense']['accuracy/top1'], abs=1e-3)
+        assert 0.8 <= float(row['achieved_sparsity']) < 0.81 and float(row['seconds']) > 0
+    # The same seed trains the same dense network, whatever is made of it afterwards.
+    assert results[0]['dense'] == results[1]['dense']
