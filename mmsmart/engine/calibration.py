@@ -1,14 +1,19 @@
-"""What is learnt by running the model: positions and ties of its layers, norms of their inputs."""
+"""What is learnt by running the model: positions and ties of its layers, norms of their inputs.
+
+And statistics of its BatchNorm layers, which are learnt anew when the masks turn hard.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
 from mmengine import dist
 from mmengine.dataset import DefaultSampler
+from mmengine.model import BaseAveragedModel
 from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -120,18 +125,9 @@ def first_importance(
         return masks.plan.first(magnitude(masks.layers))
     if init in ('random', 'zero'):
         return (_NOISE if init == 'random' else 0.0) * torch.randn(masks.num_blocks)
-    loader = runner.train_dataloader
-    # A loader with a batch sampler, such as detectors have, knows no batch size of its own.
-    batch_size = loader.batch_size or getattr(loader.batch_sampler, 'batch_size', 1)
-    calibration = DataLoader(
-        loader.dataset,
-        batch_size=batch_size,
-        sampler=DefaultSampler(loader.dataset, shuffle=True, seed=0),
-        collate_fn=loader.collate_fn,
-    )
     if init == 'gradient':
         with evaluating(model), torch.enable_grad():
-            for _, batch in zip(range(batches), calibration):
+            for batch in _training_batches(runner, batches):
                 data = model.data_preprocessor(batch, True)
                 model.parse_losses(model._run_forward(data, mode='loss'))[0].backward()
         for layer in masks.layers:
@@ -141,7 +137,7 @@ def first_importance(
         model.zero_grad()
         return masks.plan.first(scores)
     with evaluating(model), input_norms(masks.layers) as norms:
-        for _, batch in zip(range(batches), calibration):
+        for batch in _training_batches(runner, batches):
             data = model.data_preprocessor(batch, True)
             model._run_forward(data, mode='loss')
     for name, norm in norms.items():  # each process has seen its own share of the images
@@ -149,3 +145,80 @@ def first_importance(
         dist.all_reduce(squares, op='mean')
         norms[name] = squares.sqrt()
     return masks.plan.first(activation(masks.layers, norms))
+
+
+def _training_batches(runner: Runner, count: int, whole: bool = False) -> Iterator[Any]:
+    """Some batches from a loader of their own: the order of the training data does not change.
+
+    Args:
+        runner: The runner.
+        count: How many, if there are as many.
+        whole: Whether a last batch of fewer images is left out.
+    """
+    loader = runner.train_dataloader
+    # A loader with a batch sampler, such as detectors have, knows no batch size of its own.
+    batch_size = loader.batch_size or getattr(loader.batch_sampler, 'batch_size', 1)
+    sampler = DefaultSampler(loader.dataset, shuffle=True, seed=0)
+    batches = DataLoader(
+        loader.dataset,
+        batch_size=batch_size,
+        sampler=sampler,
+        collate_fn=loader.collate_fn,
+        drop_last=whole and len(sampler) >= batch_size,
+    )
+    return islice(batches, count)
+
+
+def recalibrate(
+    runner: Runner, model: nn.Module, batches: int, averages: Sequence[BaseAveragedModel] = ()
+) -> None:
+    """Measure the running statistics of BatchNorm anew: plain averages over training batches.
+
+    Only layers that are in training mode, whose statistics training moves too; those that are kept
+    in eval mode, as by `norm_eval` and `frozen_stages`, stay as they are. Weights stay too, nothing
+    random is used up, and every process of a distributed run gets the same result.
+
+    Args:
+        runner: The runner, whose training data it is.
+        model: The model that is trained.
+        batches: Number of batches; 0 for leaving the statistics alone.
+        averages: Moving averages of the model; those with statistics of their own get their own.
+    """
+    names = [name for name, module in model.named_modules() if _moves_statistics(module)]
+    if not batches or not names:
+        return
+    for network in (model, *(x.module for x in averages if x.update_buffers)):
+        norms = [network.get_submodule(name) for name in names]
+        with evaluating(network), _plain_averages(norms):
+            for batch in _training_batches(runner, batches, whole=True):
+                network._run_forward(network.data_preprocessor(batch, True), mode='loss')
+        for norm in norms:  # each process has seen its own share of the images
+            dist.all_reduce(norm.running_mean, op='mean')
+            dist.all_reduce(norm.running_var, op='mean')
+    runner.logger.info(
+        f'mmsmart: statistics of {len(names)} BatchNorm layers were measured anew over {batches} '
+        'batches.'
+    )
+
+
+def _moves_statistics(module: nn.Module) -> bool:
+    # Layers of mmcv have a class of their own. Those of other kinds, InstanceNorm, can't average.
+    is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm) or (
+        type(module).__name__ == 'SyncBatchNorm'
+    )
+    return is_norm and module.training and module.running_mean is not None
+
+
+@contextmanager
+def _plain_averages(norms: Sequence[nn.Module]) -> Iterator[None]:
+    """Inside, BatchNorm layers collect statistics from nothing, every batch counting the same."""
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+        norm.train()
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta):
+            norm.momentum = momentum

@@ -153,6 +153,19 @@ class Temperature:
             raise ValueError(f'smart.temperature: {error}') from error
 
 
+def checked_recalibrate(batches: int) -> int:
+    """`smart.recalibrate`, a number of batches.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    if isinstance(batches, bool) or not isinstance(batches, int) or batches < 0:
+        raise ValueError(
+            f'smart.recalibrate: expected a number of batches, 0 or more, got {batches!r}.'
+        )
+    return batches
+
+
 @dataclass(frozen=True)
 class MaxDrop:
     """`smart.max_drop`: how far the metric may drop, and what may be spent on finding out.
@@ -204,6 +217,8 @@ class Smart:
     temperature: dict[str, Any] = field(default_factory=dict)
     importance: dict[str, Any] = field(default_factory=dict)
     layers: Sequence[dict[str, Any]] = ()
+    distillation: float | dict[str, Any] | None = None
+    recalibrate: int = 0
 
     def __post_init__(self) -> None:
         if self.resource not in RESOURCES:
@@ -284,4 +299,6 @@ class Smart:
             stages=self.stages,
             temperature=self.temperature,
             importance=dict(init=importance.init, batches=importance.batches),
+            distillation=self.distillation,
+            recalibrate=self.recalibrate,
         )

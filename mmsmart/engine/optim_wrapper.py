@@ -8,6 +8,8 @@ optimiser of its own, without weight decay and untouched by the learning-rate sc
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,8 +17,10 @@ from mmengine.device import get_device
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from mmengine.optim.optimizer.amp_optimizer_wrapper import GradScaler
 from mmengine.registry import OPTIMIZERS
+from torch import Tensor, nn
 
 from mmsmart.engine.config import ImportanceOptimizer, build
+from mmsmart.engine.distillation import DenseFeatures
 from mmsmart.engine.processes import same_everywhere
 from mmsmart.masking import BlockMasks
 from mmsmart.registry import OPTIM_WRAPPERS
@@ -36,10 +40,16 @@ class MaskedStep:
         self.masks: BlockMasks | None = None
         self.importance_optimizer: torch.optim.Optimizer | None = None
         self.temperature: float | None = None
+        self.distillation: DenseFeatures | None = None
 
-    def attach(self, masks: BlockMasks) -> None:
-        """Take over the masks of the model whose parameters the optimiser holds."""
-        self.masks = masks
+    def attach(self, masks: BlockMasks, distillation: DenseFeatures | None = None) -> None:
+        """Take over the masks of the model whose parameters the optimiser holds.
+
+        Args:
+            masks: The masks.
+            distillation: What adds the distance from the dense features to the loss, if anything.
+        """
+        self.masks, self.distillation = masks, distillation
         self.importance_optimizer = OPTIMIZERS.build(
             dict(
                 **self._importance_settings.optimizer,
@@ -47,6 +57,24 @@ class MaskedStep:
                 lr=self._importance_settings.lr,
             )
         )
+
+    @contextmanager
+    def optim_context(self, model: nn.Module) -> Iterator[None]:
+        """MMEngine's, inside which features are compared with the dense ones."""
+        with super().optim_context(model):
+            if self.distillation is None:
+                yield
+            else:
+                with self.distillation.compared():
+                    yield
+
+    def update_params(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """MMEngine's, for the loss and the distance from the dense features."""
+        if self.distillation is not None and self.distillation.begun:
+            distance = self.distillation.distance()
+            self.message_hub.update_scalar('train/distillation', distance.detach())
+            loss = loss + self.distillation.weight * distance
+        super().update_params(loss, *args, **kwargs)
 
     def step(self, **kwargs: Any) -> None:
         """Step latent weights and importance, then put masks at `self.temperature` in place."""
@@ -81,6 +109,8 @@ class MaskedStep:
                 'masks': self.masks.state_dict(),
                 'importance_optimizer': self.importance_optimizer.state_dict(),
             }
+            if self.distillation is not None:
+                state['smart']['distillation'] = self.distillation.state_dict()
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -90,7 +120,19 @@ class MaskedStep:
         super().load_state_dict(state_dict)
         if smart is not None:
             self._attached().load_state_dict(smart['masks'])
+            if self.distillation is not None or 'distillation' in smart:
+                self._load_distillation(smart.get('distillation'))
             self.importance_optimizer.load_state_dict(smart['importance_optimizer'])
+
+    def _load_distillation(self, state: dict[str, Tensor] | None) -> None:
+        if self.distillation is None or (state is None and self.masks.state != 'dense'):
+            there, here = ('without', 'with') if state is None else ('with', 'without')
+            raise ValueError(
+                f'resume: the checkpoint is of a run {there} smart.distillation, and this one is '
+                f'{here} it. Resume with the same smart.distillation, or start anew from its '
+                'weights with `load_from`.'
+            )
+        self.distillation.load_state_dict(state or {})
 
     def _attached(self) -> BlockMasks:
         if self.masks is None:

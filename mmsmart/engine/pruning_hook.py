@@ -17,9 +17,17 @@ from torch import nn
 
 from mmsmart.budget import Budget
 from mmsmart.drawing import draw_report
-from mmsmart.engine.calibration import first_importance, layer_positions
-from mmsmart.engine.config import ImportanceStart, Stages, Temperature, build, make_method
+from mmsmart.engine.calibration import first_importance, layer_positions, recalibrate
+from mmsmart.engine.config import (
+    ImportanceStart,
+    Stages,
+    Temperature,
+    build,
+    checked_recalibrate,
+    make_method,
+)
 from mmsmart.engine.diagnosis import check_checkpoint
+from mmsmart.engine.distillation import DenseFeatures, read_distillation
 from mmsmart.engine.optim_wrapper import MaskedStep
 from mmsmart.engine.pictures import show_masks
 from mmsmart.engine.processes import expect_agreement, refuse_strategies, same_everywhere
@@ -50,6 +58,10 @@ class SmartPruningHook(Hook):
         stages: `dict(pretrain=0.0, search=0.6, finetune=0.4)`, shares of the run's iterations.
         temperature: `dict(start=3.0, end=0.01, shape='geometric')`.
         importance: `dict(init='activation', batches=8)`, or init='magnitude' for weights alone.
+        distillation: `dict(weight=1.0)`, or the weight: from the search on, the loss keeps the
+            backbone's features near those of the dense network.
+        recalibrate: Training batches over which BatchNorm's statistics are measured anew when the
+            masks turn hard.
 
     Raises:
         ValueError: For values out of range, before training begins.
@@ -65,12 +77,16 @@ class SmartPruningHook(Hook):
         stages: dict[str, float] | None = None,
         temperature: dict[str, Any] | None = None,
         importance: dict[str, Any] | None = None,
+        distillation: float | dict[str, Any] | None = None,
+        recalibrate: int = 0,
     ) -> None:
         make_method(method, method_cfg)
         self.method, self.method_cfg = method, method_cfg
         self.stages: Stages = build(Stages, 'smart.stages', stages)
         self.schedule = build(Temperature, 'smart.temperature', temperature).schedule()
         self.start: ImportanceStart = build(ImportanceStart, 'smart.importance', importance)
+        self.distillation = read_distillation(distillation)
+        self.recalibrate = checked_recalibrate(recalibrate)
         self.masks: BlockMasks | None = None
         self._begin = self._end = self._shown = 0
         self._metrics: dict[str, float] = {}
@@ -83,7 +99,8 @@ class SmartPruningHook(Hook):
         refuse_strategies(runner)
         if not isinstance(runner.optim_wrapper, (OptimWrapper, OptimWrapperDict)):
             return  # a test or validation run: nothing is trained
-        wrapper, masks = runner.optim_wrapper, masks_of(_plain_model(runner))
+        wrapper, model = runner.optim_wrapper, _plain_model(runner)
+        masks = masks_of(model)
         if not isinstance(wrapper, MaskedStep):
             raise ValueError(
                 f'optim_wrapper.type: {type(wrapper).__name__} would train past the masks. Write '
@@ -99,7 +116,8 @@ class SmartPruningHook(Hook):
             )
         self._begin, self._end = self.stages.boundaries(runner.max_iters)
         masks.method = make_method(self.method, self.method_cfg)
-        wrapper.attach(masks)
+        settings = self.distillation
+        wrapper.attach(masks, settings and DenseFeatures(model, settings.weight))
         if runner.cfg.get('compile'):  # of a train step, what moves masks and weights is no part
             wrapper.step = torch.compiler.disable(wrapper.step)
         self.masks = masks
@@ -239,6 +257,8 @@ class SmartPruningHook(Hook):
         init = masks.method.init or self.start.init
         importance = first_importance(runner, model, masks, init, self.start.batches)
         self._set_progress(runner, self._begin)
+        if self.distillation:
+            runner.optim_wrapper.distillation.begin()
         masks.begin(same_everywhere(importance), runner.optim_wrapper.temperature)
         expect_agreement(masks, f'at the beginning of the search, iteration {runner.iter},')
         self._show(runner)
@@ -252,11 +272,12 @@ class SmartPruningHook(Hook):
 
     def _is_hard(self, runner: Runner) -> None:
         masks = self.masks
+        averages = [hook.ema_model for hook in runner.hooks if isinstance(hook, EMAHook)]
         expect_agreement(masks, f'at the end of the search, iteration {runner.iter + 1},')
         self._show(runner)
-        for hook in runner.hooks:
-            if isinstance(hook, EMAHook):
-                masks.zero_pruned(hook.ema_model.module)
+        for average in averages:
+            masks.zero_pruned(average.module)
+        recalibrate(runner, _plain_model(runner), self.recalibrate, averages)
         # A best score of the dense or soft network would keep every pruned one from being saved.
         info = runner.message_hub.runtime_info
         for key in [key for key in info if key.startswith('best_score')]:

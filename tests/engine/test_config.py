@@ -95,6 +95,14 @@ WRONG = {
         dict(method='acdc', method_cfg=dict(phases=3)),
         ['smart.method_cfg.phases', '3', 'even'],
     ),
+    'distillation of no weight': (dict(distillation=0), ['smart.distillation.weight', '0']),
+    'distillation as a word': (dict(distillation='on'), ['smart.distillation.weight', "'on'"]),
+    'unknown key of the distillation': (
+        dict(distillation=dict(wait=1.0)),
+        ['smart.distillation', "'wait'", "Did you mean 'weight'?"],
+    ),
+    'negative recalibration': (dict(recalibrate=-1), ['smart.recalibrate', '-1', '0 or more']),
+    'recalibration as a truth value': (dict(recalibrate=True), ['smart.recalibrate', 'True']),
     'unknown resource': (dict(resource='joules'), ['smart.resource', "'joules'", "'params'"]),
     'unknown start': (dict(importance=dict(init='ones')), ['smart.importance.init', "'ones'"]),
     'no calibration batch': (dict(importance=dict(batches=0)), ['smart.importance.batches', '0']),
@@ -307,9 +315,10 @@ def test_base_file_states_the_defaults_of_the_code():
         dict(sparsity=dict(params=0.6, macs=0.5)),
         dict(sparsity=dict(backbone=0.5, neck=dict(macs=0.1))),
         dict(max_drop=dict(drop=0.5, trials=3)),
+        dict(distillation=dict(weight=0.5)),
         dict(sparsity=0.5, resource='latency', latency=dict(layers=[dict(pattern='*', block=1)])),
     ],
-    ids=['resources', 'parts', 'max_drop', 'latency'],
+    ids=['resources', 'parts', 'max_drop', 'distillation', 'latency'],
 )
 def test_what_may_be_a_dict_may_be_one_beside_the_base_file(smart, tmp_path):
     path = write_config(tmp_path / 'mine.py', dict(smart=smart), bases=[BASE])
@@ -324,6 +333,7 @@ def test_defaults_of_the_hook_and_the_wrapper_are_those_of_the_base_file():
     hook = SmartPruningHook()
     assert (hook.method, hook.stages, hook.start) == ('smart', Stages(), ImportanceStart())
     assert hook.schedule == Temperature().schedule()
+    assert (hook.distillation, hook.recalibrate) == (None, Smart().recalibrate)
     weight = torch.nn.Parameter(torch.zeros(1))
     wrapper = SmartOptimWrapper(optimizer=torch.optim.SGD([weight], lr=1))
     assert wrapper._importance_settings == ImportanceOptimizer()
