@@ -19,7 +19,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from mmsmart.functional import block_expand, block_grid, block_reduce, block_sizes
+from mmsmart.functional import (
+    block_dot,
+    block_expand,
+    block_grid,
+    block_reduce,
+    block_scale,
+    block_sizes,
+)
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -103,6 +110,16 @@ class BlockLayer:
         """Spread one value a block, `(num_blocks,)`, over a tensor shaped like the weight."""
         values = values.reshape(block_grid(self.view_shape, self.block))
         return block_expand(values, self.view_shape, self.block).reshape(self.weight.shape)
+
+    def scale(self, x: Tensor, values: Tensor, out: Tensor) -> None:
+        """Multiply x, shaped like the weight, by one value a block; x may be out itself."""
+        grid, shape = block_grid(self.view_shape, self.block), self.view_shape
+        block_scale(x.view(shape), values.view(grid), self.block, out=out.view(shape))
+
+    def dot(self, x: Tensor, y: Tensor, out: Tensor) -> None:
+        """Sum the products of two tensors shaped like the weight over every block."""
+        grid, shape = block_grid(self.view_shape, self.block), self.view_shape
+        block_dot(x.view(shape), y.view(shape), self.block, out=out.view(grid))
 
     def map_of(self, values: Tensor) -> Tensor:
         """Mean of the block values over kernel positions, `(output blocks, input blocks)`.

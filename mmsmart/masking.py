@@ -306,7 +306,8 @@ class BlockMasks:
                 raise ValueError(
                     f'masks: the checkpoint was made with other {key} than this model has '
                     f'({_first_difference(state[key], mine)}). Resume with the same `sparsity`, '
-                    '`block`, `layers` and `method`, or start anew from its weights with `load_from`.'
+                    '`block`, `layers` and `method`, or start anew from its weights with '
+                    '`load_from`.'
                 )
         self._follow_model()
 

@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+import torch._dynamo.testing
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -468,6 +469,42 @@ def test_models_of_lower_precision_are_searched_and_hardened(dtype):
     assert {p.dtype for p in model.parameters()} == {dtype}
     for name, pruned in pruned_entries(masks).items():
         assert torch.equal(model.get_submodule(name).weight == 0, pruned)
+
+
+def test_steps_under_autocast_keep_the_budget_exact():
+    model = net(dtype=torch.float32)
+    masks = searching(model)
+    optimizers = optimisers(model, masks)
+    for (x, y), temperature in zip(batches(4, torch.float32), fall(1.0, 0.1, 4)[1:]):
+        with torch.autocast('cpu', torch.bfloat16):
+            assert model.stem(x).dtype == torch.bfloat16
+            cross_entropy(model(x), y).backward()
+            with masks.latent_weights(temperature):
+                for optimizer in optimizers:
+                    optimizer.step()
+        spent = float((masks.plan.cost * masks.mask()).sum())
+        assert spent == pytest.approx(masks.budget, rel=1e-6)
+    masks.harden()
+    assert masks.kept_cost() <= masks.budget < masks.kept_cost() + masks.next_block_cost()
+
+
+def test_a_model_is_compiled_once_for_all_temperatures_and_stages():
+    data, temperatures = list(batches(6, torch.float32)), fall(1.0, 0.1, 4)[1:]
+    ends = []
+    for backend in (None, torch._dynamo.testing.CompileCounter()):
+        model = net(dtype=torch.float32)
+        forward = model
+        if backend:
+            torch._dynamo.reset()
+            forward = torch.compile(model, backend=backend, fullgraph=True)
+        masks = searching(model)
+        train(forward, masks, optimisers(model, masks), data[:4], temperatures)
+        masks.harden()
+        train(forward, masks, optimisers(model, masks), data[4:], [None, None])
+        ends.append([*model.parameters(), masks.importance])
+    assert backend.frame_count == 1
+    for plain, compiled in zip(*ends):
+        assert torch.equal(plain, compiled)
 
 
 def test_channels_last_weights_stay_channels_last():

@@ -402,6 +402,34 @@ def test_two_of_four_survives_torchs_semi_structured_conversion():
         assert torch.equal(conversions.sparse_semi_structured_to_dense_cutlass(*packed), dense)
 
 
+@few
+@given(st.sampled_from([(2, 3, 1, 1), (1, 1, 1, 1), (4, -1, -1, -1)]), st.booleans())
+def test_gradients_of_masked_weights_become_those_of_weights_and_masks(block, with_n_of_m):
+    model = net()
+    layers = [dict(pattern='neck', block='2:4')] if with_n_of_m else []
+    plan = install_masks(model, 0.5, block, layers=layers).plan
+    mask = torch.rand(plan.num_blocks)
+    leaf = mask.double().requires_grad_()
+    latent = [weight.detach().double().requires_grad_() for weight in plan.weights]
+    masked = [w * f for w, f in zip(latent, plan.spread(leaf))]
+    grads = [torch.randn_like(weight) for weight in plan.weights]
+    torch.autograd.backward(masked[1:], [grad.double() for grad in grads[1:]])
+    written = [torch.empty_like(grad) for grad in grads]
+    plan.scale([w.detach().float() for w in latent], mask, out=written)
+    grad_mask = plan.unmask([w.detach().float() for w in latent], [None, *grads[1:]], mask)
+    for mine, theirs in zip(written, masked):
+        torch.testing.assert_close(mine, theirs.detach().float())
+    for mine, theirs in zip(grads[1:], latent[1:]):
+        torch.testing.assert_close(mine, theirs.grad.float())
+    torch.testing.assert_close(grad_mask, leaf.grad.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_weights_of_blocks_are_held_once():
+    plan = install_masks(net(), 0.5, (2, 3, 1, 1)).plan
+    plan.follow(torch.device('cpu'))
+    assert plan.floors.sizes.data_ptr() == plan.budgets[0].cost.cost.data_ptr()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU: torch sees none')
 def test_two_of_four_multiplies_as_a_semi_structured_matrix():
     torch.manual_seed(0)

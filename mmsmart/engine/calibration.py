@@ -26,8 +26,6 @@ from mmsmart.masking import BlockMasks
 
 # Pixels at which a network is followed where that is enough: large graphs take seconds and GiBs.
 _SMALL = 128
-# Standard deviation of a random first importance; that of measured ones is 1.
-_NOISE = 0.1
 
 
 @contextmanager
@@ -116,7 +114,7 @@ def first_importance(
     """First importance of the name that `smart.importance.init` gives.
 
     'magnitude' knows the weights, 'activation' and 'gradient' some training batches too; 'random'
-    (little noise) and 'zero' know nothing.
+    and 'zero' know nothing. All but 'zero' have standard deviation 1 over the network.
 
     The batches come from a loader of their own, so that the order of the training data does not
     change. Every process of a distributed run gets the same result.
@@ -124,7 +122,8 @@ def first_importance(
     if init == 'magnitude':
         return masks.plan.first(magnitude(masks.layers))
     if init in ('random', 'zero'):
-        return (_NOISE if init == 'random' else 0.0) * torch.randn(masks.num_blocks)
+        drawn = torch.randn(masks.num_blocks)
+        return drawn if init == 'random' else torch.zeros_like(drawn)
     if init == 'gradient':
         with evaluating(model), torch.enable_grad():
             for batch in _training_batches(runner, batches):

@@ -6,6 +6,7 @@ Everything here is checked without a model and before anything is written.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -93,9 +94,17 @@ class ImportanceStart:
     """Where the importance starts: what is known of the blocks before the search, or nothing."""
 
     init: str = 'activation'
+    scale: float = 0.3
     batches: int = 8
 
     def __post_init__(self) -> None:
+        if isinstance(self.scale, bool) or not isinstance(self.scale, (int, float)):
+            raise ValueError(f'smart.importance.scale: expected a number, got {self.scale!r}.')
+        if not 0 < self.scale < math.inf:
+            raise ValueError(
+                f'smart.importance.scale: got {self.scale!r}, expected a number above 0, the '
+                "standard deviation of the first importance (init='zero' has none)."
+            )
         if self.init not in INITIALISATIONS:
             raise ValueError(
                 f'smart.importance.init: got {self.init!r}, allowed are {INITIALISATIONS}.'
@@ -133,6 +142,7 @@ class Importance:
     """`smart.importance`: start and optimiser in one dict."""
 
     init: str = ImportanceStart.init
+    scale: float = ImportanceStart.scale
     batches: int = ImportanceStart.batches
     lr: float = ImportanceOptimizer.lr
     optimizer: dict[str, Any] = field(default_factory=lambda: dict(type='Adam'))
@@ -298,7 +308,9 @@ class Smart:
             method_cfg=self.method_cfg,
             stages=self.stages,
             temperature=self.temperature,
-            importance=dict(init=importance.init, batches=importance.batches),
+            importance=dict(
+                init=importance.init, scale=importance.scale, batches=importance.batches
+            ),
             distillation=self.distillation,
             recalibrate=self.recalibrate,
         )

@@ -256,6 +256,7 @@ class SmartPruningHook(Hook):
         runner.message_hub.update_info(_DENSE_METRICS, self._metrics)
         init = masks.method.init or self.start.init
         importance = first_importance(runner, model, masks, init, self.start.batches)
+        importance *= self.start.scale
         self._set_progress(runner, self._begin)
         if self.distillation:
             runner.optim_wrapper.distillation.begin()

@@ -3,7 +3,14 @@
 Needs torch only. Source: SMART pruner, arXiv 2403.19969.
 """
 
-from .blocks import block_expand, block_grid, block_reduce, block_sizes
+from .blocks import (
+    block_dot,
+    block_expand,
+    block_grid,
+    block_reduce,
+    block_scale,
+    block_sizes,
+)
 from .costs import BlockCost, Cost, CurveCost, Curves, LinearCost
 from .coupled import CoupledCost, coupled_topk
 from .limits import (
@@ -30,9 +37,11 @@ __all__ = [
     'Limit',
     'LinearCost',
     'TemperatureSchedule',
+    'block_dot',
     'block_expand',
     'block_grid',
     'block_reduce',
+    'block_scale',
     'block_sizes',
     'coupled_topk',
     'hard_topk',

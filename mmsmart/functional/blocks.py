@@ -1,4 +1,4 @@
-"""Sums over blocks of a tensor, and their reverse.
+"""Sums over blocks of a tensor, their reverse, and products with either.
 
 A block is a box of entries, given by its length along each axis; -1 stands for the whole axis, and
 a length above the axis is cut to it. Blocks start at index 0 of each axis; where the length does
@@ -7,10 +7,15 @@ not divide the axis, the last block is shorter (a ragged edge).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import product
 
 import torch
 from torch import Tensor
+
+# Entries handled at a time on a CPU by each of its threads: what is computed on the way stays in
+# the cache, and is small enough that the allocator keeps its memory.
+_PIECE = 1 << 18
 
 
 def block_grid(shape: Sequence[int], block: Sequence[int]) -> tuple[int, ...]:
@@ -85,12 +90,7 @@ def block_expand(values: Tensor, shape: Sequence[int], block: Sequence[int]) -> 
     shape = tuple(shape)
     grid = block_grid(shape, block)
     lengths = _lengths(shape, block)
-    if tuple(values.shape) != grid:
-        raise ValueError(
-            f'values must have one entry a block:\n'
-            f'  values: {tuple(values.shape)}\n'
-            f'  grid:   {grid}, of shape {shape} in blocks of {tuple(block)}'
-        )
+    _check_values(values, shape, block)
     if not shape:
         return values.clone()
     padded = [count * length for count, length in zip(grid, lengths)]
@@ -102,6 +102,77 @@ def block_expand(values: Tensor, shape: Sequence[int], block: Sequence[int]) -> 
     if tuple(padded) == shape:
         return whole
     return whole[tuple(slice(axis) for axis in shape)].contiguous()
+
+
+def block_scale(
+    x: Tensor, values: Tensor, block: Sequence[int], out: Tensor | None = None
+) -> Tensor:
+    """Multiply every block of x by its value: ``x * block_expand(values, x.shape, block)``.
+
+    The values are broadcast over a view of x in blocks, so nothing of the size of x is made beside
+    the result.
+
+    Args:
+        x: any shape, floating point.
+        values: one value a block, shape ``block_grid(x.shape, block)``.
+        block: as for `block_grid`.
+        out: takes the result, shape of x; x itself is allowed. None makes a new tensor.
+
+    Returns:
+        out.
+
+    Raises:
+        ValueError: as `block_expand`.
+
+    Example:
+        >>> block_scale(torch.ones(2, 3), torch.tensor([[2.0, 3.0]]), (2, 2))
+        tensor([[2., 2., 3.],
+                [2., 2., 3.]])
+    """
+    _check_values(values, x.shape, block)
+    out = torch.empty_like(x) if out is None else out
+    for entries, blocks, pairs in _pieces(x, block):
+        factor = values[blocks].reshape([n for count in pairs[::2] for n in (count, 1)])
+        if pairs and pairs[1] > 1:
+            # One row spread out for all rows of a block, so that long rows are multiplied.
+            factor = factor.expand([pairs[0], 1, *pairs[2:]]).contiguous()
+        torch.mul(x[entries].view(pairs), factor, out=out[entries].view(pairs))
+    return out
+
+
+def block_dot(x: Tensor, y: Tensor, block: Sequence[int], out: Tensor | None = None) -> Tensor:
+    """Sum the products of x and y over each block: ``block_reduce(x * y, block)``.
+
+    The products are summed while they are in the cache; on a CPU each of x and y is read once.
+
+    Args:
+        x: any shape, floating point.
+        y: shape and dtype of x.
+        block: as for `block_grid`.
+        out: takes the sums, shape ``block_grid(x.shape, block)``. None makes a new tensor of x's
+            dtype.
+
+    Returns:
+        out.
+
+    Raises:
+        ValueError: as `block_grid`, or out has another shape than the grid.
+
+    Example:
+        >>> x = torch.tensor([[1.0, 2.0, 3.0]])
+        >>> block_dot(x, x, (1, 2))
+        tensor([[5., 9.]])
+    """
+    out = x.new_empty(block_grid(x.shape, block)) if out is None else out
+    _check_values(out, x.shape, block)
+    for entries, blocks, pairs in _pieces(x, block):
+        products = x[entries].view(pairs) * y[entries].view(pairs)
+        # As in `block_reduce`, outer axes first.
+        for axis in range(1, len(pairs), 2):
+            if pairs[axis] > 1:
+                products = products.sum(axis, keepdim=True)
+        out[blocks] = products.view(pairs[::2])
+    return out
 
 
 def block_sizes(shape: Sequence[int], block: Sequence[int]) -> Tensor:
@@ -141,6 +212,49 @@ def _lengths(shape: Sequence[int], block: Sequence[int]) -> tuple[int, ...]:
     if any(axis < 1 for axis in shape):
         raise ValueError(f'shape is {shape}; each axis needs at least one entry')
     return tuple(axis if length == -1 else min(length, axis) for axis, length in zip(shape, block))
+
+
+def _check_values(values: Tensor, shape: Sequence[int], block: Sequence[int]) -> None:
+    grid = block_grid(shape, block)
+    if tuple(values.shape) != grid:
+        raise ValueError(
+            f'values must have one entry a block:\n'
+            f'  values: {tuple(values.shape)}\n'
+            f'  grid:   {grid}, of shape {tuple(shape)} in blocks of {tuple(block)}'
+        )
+
+
+def _pieces(
+    x: Tensor, block: Sequence[int]
+) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...], list[int]]]:
+    """Cut x between its blocks into pieces that fit the cache, each with blocks of one size.
+
+    Yields:
+        Where the entries of a piece are, where its blocks are, and the shape that shows the entries
+        by block: how many blocks, and how long, along each axis in turn.
+    """
+    lengths = _lengths(x.shape, block)
+    counts = [size // length for size, length in zip(x.shape, lengths)]
+    most = _PIECE * torch.get_num_threads() if x.device.type == 'cpu' else x.numel()
+    longest = max(range(x.ndim), key=counts.__getitem__, default=None)
+    cuts = []
+    for axis, (size, length, count) in enumerate(zip(x.shape, lengths, counts)):
+        step = max(1, count * most // x.numel()) if axis == longest else count
+        if step >= count and count * length == size:
+            cuts.append([(slice(None), slice(None), count, length)])
+            continue
+        along = []
+        for begin in range(0, count, step):
+            end = min(begin + step, count)
+            entries = slice(begin * length, end * length)
+            along.append((entries, slice(begin, end), end - begin, length))
+        if count * length < size:  # the shorter last block
+            edge = size - count * length
+            along.append((slice(count * length, size), slice(count, count + 1), 1, edge))
+        cuts.append(along)
+    for piece in product(*cuts):
+        pairs = [n for *_, count, length in piece for n in (count, length)]
+        yield tuple(cut[0] for cut in piece), tuple(cut[1] for cut in piece), pairs
 
 
 def _reduce_axis(x: Tensor, axis: int, length: int) -> Tensor:

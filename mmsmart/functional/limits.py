@@ -14,12 +14,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from ._checks import on_host
 from .costs import Cost, LinearCost
-from .threshold import solve_threshold
+from .threshold import solve_threshold, weighed_sum
 from .topk import hard_topk, soft_mask, soft_topk_vjp
 
 # Three to five from the last step's threshold, ten from a cold start; a bound.
@@ -54,9 +56,18 @@ class Floors:
     lengths: Tensor
     least: Tensor
 
+    @cached_property
+    def any(self) -> bool:
+        """Whether some layer keeps something at least; asked of the device once only."""
+        return bool((self.least > 0).any())
+
     def kept(self, mask: Tensor) -> Tensor:
         """Weights that a mask keeps of each layer, float64 `(num_layers,)`."""
-        return torch.segment_reduce(self.sizes * mask, 'sum', lengths=self.lengths)
+        if not on_host(mask):
+            return torch.segment_reduce(self.sizes * mask, 'sum', lengths=self.lengths)
+        lengths = self.lengths.tolist()  # one layer at a time needs no memory worth the name
+        layers = zip(self.sizes.split(lengths), mask.split(lengths))
+        return torch.tensor([weighed_sum(s, f) for s, f in layers], dtype=torch.float64)
 
     def forced(self, importance: Tensor) -> Tensor:
         """The most important blocks of each layer, as many as its floor takes, bool.
@@ -138,7 +149,7 @@ def solve_limits(
     """
     guess = None if start is None else start.reshape(-1)[0]
     theta = _shared(importance, limits, temperature, None, None, guess)
-    if floors is None or not bool((floors.least > 0).any()):
+    if floors is None or not floors.any:
         return theta
     by_layer = theta.expand(len(floors.lengths)).clone()
     pinned = torch.zeros_like(by_layer, dtype=torch.bool)

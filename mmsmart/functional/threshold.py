@@ -11,6 +11,7 @@ the dtype of the importance, on m shifted by its centre and divided by τ.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -31,8 +32,10 @@ _RESOLVED = 1e-13
 # On a GPU: 8 points a pass cut the bracket to a ninth, and 9^17 > 2^53 leaves nothing to cut.
 _POINTS = 8
 _SECTIONS = 17
-# Blocks handled at once there; bounds the scratch memory to 8 * 2^22 float64 = 256 MiB.
-_CHUNK = 2**22
+# Blocks handled at a time. On a CPU, by each of its threads: what is computed on the way, in
+# float64, stays in the cache. On a GPU it bounds that memory to 8 * 2^22 float64 = 256 MiB.
+_CHUNK_ON_HOST = 2**17
+_CHUNK_ON_DEVICE = 2**22
 
 
 @torch.no_grad()
@@ -90,7 +93,7 @@ def _solve_on_host(
 ) -> Tensor:
     total = float(m.numel()) if cost is None else cost.sum().item()
     goal = checked_budget(budget, total)
-    least, most = (bound.item() for bound in (m.min(), m.max()))
+    least, most = (bound.item() for bound in torch.aminmax(m))
     if not -math.inf < least <= most < math.inf:
         raise ValueError(
             f'importance ranges over [{least}, {most}]; every entry must be finite. NaN or inf '
@@ -100,30 +103,49 @@ def _solve_on_host(
         return torch.tensor(math.inf if goal == 0 else -math.inf, dtype=torch.float64)
 
     centre = 0.5 * least + 0.5 * most
-    x = m.to(torch.float64).sub(centre).div_(temperature)
+    x = _Scaled(m, centre, temperature, cost)
     reach = 0.5 * most / temperature - 0.5 * least / temperature
     if start is not None and math.isfinite(float(start)):
         guess = (float(start) - centre) / temperature
     else:
-        guess = _first_guess(x, cost, goal, total)
+        guess = _first_guess(x, goal, total)
     # A step δ leaves at most δ²/2 of the budget: 5e-9, and 5e-15 where the mask is float64.
     small_step = 1e-7 if m.dtype == torch.float64 else 1e-4
-    t = _newton(x, cost, goal, total, reach, guess, small_step)
+    t = _newton(x, goal, total, reach, guess, small_step)
     return torch.tensor(centre + temperature * t, dtype=torch.float64)
 
 
-def _first_guess(x: Tensor, cost: Tensor | None, goal: float, total: float) -> float:
+class _Scaled:
+    """x = (m - centre)/τ in float64, part by part with its costs, in memory that each part reuses.
+
+    Parts may be overwritten.
+    """
+
+    def __init__(self, m: Tensor, centre: float, temperature: float, cost: Tensor | None) -> None:
+        self.m, self.centre, self.rate, self.cost = m, centre, 1 / temperature, cost
+        self._scratch = torch.empty(len(m[next(chunks(m))]), dtype=torch.float64)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        for part in chunks(self.m):
+            m = self.m[part]
+            x = self._scratch[: len(m)].copy_(m).sub_(self.centre).mul_(self.rate)
+            yield x, None if self.cost is None else self.cost[part]
+
+
+def _first_guess(x: _Scaled, goal: float, total: float) -> float:
     """Return what the root would be if x were normal: there E σ(x) ≈ σ(E x / √(1 + π/8 Var x))."""
-    weighted = x if cost is None else cost * x
-    mean = weighted.sum().item() / total
-    variance = torch.dot(weighted, x).item() / total - mean * mean
-    spread = math.sqrt(1 + math.pi / 8 * max(variance, 0.0))
+    first = second = 0.0
+    for part, cost in x:
+        weighted = part if cost is None else cost * part
+        first += weighted.sum().item()
+        second += torch.dot(weighted, part).item()
+    mean = first / total
+    spread = math.sqrt(1 + math.pi / 8 * max(second / total - mean * mean, 0.0))
     return mean - _logit(goal, total - goal) * spread
 
 
 def _newton(
-    x: Tensor,
-    cost: Tensor | None,
+    x: _Scaled,
     goal: float,
     total: float,
     reach: float,
@@ -144,9 +166,8 @@ def _newton(
     low, high = -reach - wanted, reach - wanted
     t = min(max(guess, low), high)
     last = older = high - low
-    scratch = torch.empty_like(x)
     for _ in range(_MAX_PASSES):
-        kept, slope = _kept_and_slope(x, cost, t, scratch)
+        kept, slope = _kept_and_slope(x, t)
         excess = kept - goal
         if abs(excess) <= _RESOLVED * goal:
             return t
@@ -166,16 +187,18 @@ def _newton(
     return t
 
 
-def _kept_and_slope(
-    x: Tensor, cost: Tensor | None, t: float, scratch: Tensor
-) -> tuple[float, float]:
-    """Return Σ c f and Σ c f (1 - f) at f = σ(x - t); overwrites scratch."""
-    mask = torch.sub(x, t, out=scratch).sigmoid_()
-    if cost is None:
-        kept = mask.sum().item()
-        return kept, kept - torch.dot(mask, mask).item()
-    kept = torch.dot(cost, mask).item()
-    return kept, kept - torch.dot(cost, mask.mul_(mask)).item()
+def _kept_and_slope(x: _Scaled, t: float) -> tuple[float, float]:
+    """Return Σ c f and Σ c f (1 - f) at f = σ(x - t)."""
+    kept = squares = 0.0
+    for part, cost in x:
+        mask = part.sub_(t).sigmoid_()
+        if cost is None:
+            kept += mask.sum().item()
+            squares += torch.dot(mask, mask).item()
+        else:
+            kept += torch.dot(cost, mask).item()
+            squares += torch.dot(cost, mask.mul_(mask)).item()
+    return kept, kept - squares
 
 
 def _logit(inside: float, outside: float) -> float:
@@ -219,7 +242,19 @@ def _solve_on_device(
 def _kept_at(x: Tensor, cost: Tensor | None, points: Tensor) -> Tensor:
     """Return Σ c σ(x - t) for each t of points, shape of points."""
     kept = torch.zeros_like(points)
-    for first in range(0, x.numel(), _CHUNK):
-        mask = torch.sigmoid(x[first : first + _CHUNK] - points.unsqueeze(1))
-        kept += mask.sum(1) if cost is None else mask @ cost[first : first + _CHUNK]
+    for part in chunks(x):
+        mask = torch.sigmoid(x[part] - points.unsqueeze(1))
+        kept += mask.sum(1) if cost is None else mask @ cost[part]
     return kept
+
+
+def weighed_sum(weight: Tensor, x: Tensor) -> float:
+    """Σ w_i x_i in float64, of vectors on a CPU; the weights are float64."""
+    return sum(torch.dot(weight[part], x[part].double()).item() for part in chunks(x))
+
+
+def chunks(x: Tensor) -> Iterator[slice]:
+    """Cut a vector into parts of which float64 copies are cheap to make."""
+    length = _CHUNK_ON_HOST * torch.get_num_threads() if on_host(x) else _CHUNK_ON_DEVICE
+    for first in range(0, x.numel(), length):
+        yield slice(first, first + length)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._checks import check_importance, check_temperature, checked_budget, flat_cost, on_host
-from .threshold import solve_threshold
+from .threshold import chunks, solve_threshold
 
 
 def soft_topk(
@@ -94,7 +94,11 @@ def soft_mask(importance: Tensor, threshold: float | Tensor, temperature: float)
     """
     check_importance(importance)
     check_temperature(temperature)
-    return _scaled(importance, threshold, temperature).sigmoid_().to(importance.dtype)
+    m = importance.reshape(-1)
+    mask = torch.empty_like(m)
+    for part in chunks(m):
+        mask[part] = _scaled(m[part], _part_of(threshold, part), temperature).sigmoid_()
+    return mask.view(importance.shape)
 
 
 @torch.no_grad()
@@ -142,19 +146,33 @@ def soft_topk_vjp(
             f'  importance: {tuple(importance.shape)}\n'
             f'Give the gradient of the loss by each entry of the mask'
         )
-    grad = grad_mask.detach().reshape(-1).to(torch.float64)
-    z = _scaled(importance.detach().reshape(-1), threshold, temperature)
-    # 1 - f as σ(-z): a difference would cancel where f is near 1.
-    v = torch.sigmoid(z).mul_(z.neg_().sigmoid_())
-    weight = v.sum() if price is None else torch.dot(price, v)
-    mean = torch.dot(v, grad) / torch.where(weight > 0, weight, 1.0)
-    pull = torch.sub(grad, mean if price is None else price * mean)
-    return v.mul_(pull).div_(temperature).view(importance.shape).to(importance.dtype)
+    m, g = importance.reshape(-1), grad_mask.reshape(-1)
+    # The result holds τ v, then ∂L/∂m; a half precision would round the former too coarsely.
+    result = torch.empty_like(m, dtype=torch.promote_types(m.dtype, torch.float32))
+    weight = moved = torch.zeros((), dtype=torch.float64, device=m.device)
+    for part in chunks(m):
+        # f (1 - f) from the one of both that is at most 1/2: near 1 the difference would cancel.
+        s = _scaled(m[part], threshold, temperature).abs_().neg_().sigmoid_()
+        v = torch.addcmul(s, s, s, value=-1)
+        weight = weight + (v.sum() if price is None else torch.dot(price[part], v))
+        moved = moved + torch.dot(v, g[part].to(torch.float64))
+        result[part] = v
+    mean = moved / torch.where(weight > 0, weight, 1.0)
+    for part in chunks(m):
+        pull = g[part].to(torch.float64) - (mean if price is None else price[part] * mean)
+        result[part] = pull.mul_(result[part]).div_(temperature)
+    return result.view(importance.shape).to(importance.dtype)
 
 
 def _scaled(importance: Tensor, threshold: float | Tensor, temperature: float) -> Tensor:
     """Return (m - θ)/τ as a new float64 tensor: at small τ the difference needs every digit."""
     return importance.to(torch.float64).sub(threshold).div_(temperature)
+
+
+def _part_of(threshold: float | Tensor, part: slice) -> float | Tensor:
+    """The thresholds of a part of the blocks, if each block has its own."""
+    own = isinstance(threshold, Tensor) and threshold.ndim
+    return threshold.reshape(-1)[part] if own else threshold
 
 
 @torch.no_grad()

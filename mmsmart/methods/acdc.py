@@ -59,5 +59,5 @@ class ACDC(Method):
         self._zero_pruned(plan)
 
     def _zero_pruned(self, plan: Plan) -> None:
-        for weight, kept in zip(plan.weights, plan.spread(self.kept.float())):
-            weight.data.mul_(kept)
+        weights = [weight.data for weight in plan.weights]
+        plan.scale(weights, self.kept.float(), out=weights)

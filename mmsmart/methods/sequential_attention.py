@@ -88,9 +88,8 @@ class SequentialAttention(Method):
 
     def finish(self, plan: Plan, importance: nn.Parameter) -> None:
         attention = self._attention(plan, importance.detach())
-        for weight, factor in zip(plan.weights, plan.spread(attention)):
-            weight.data.mul_(factor)
-        importance.grad = None
+        weights = [weight.data for weight in plan.weights]
+        plan.scale(weights, attention, out=weights)
 
     def _where(self, progress: float) -> tuple[int, float]:
         """Number of the phase at this progress, and the progress within it."""

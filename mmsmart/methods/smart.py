@@ -56,7 +56,7 @@ class Smart(Method):
         self._solve(plan, importance, self.temperature if temperature is None else temperature)
 
     def finish(self, plan: Plan, importance: nn.Parameter) -> None:
-        self.temperature = self.thresholds = importance.grad = None
+        self.temperature = self.thresholds = None
 
     def _solve(self, plan: Plan, importance: Tensor, temperature: float | None) -> None:
         if temperature is None:

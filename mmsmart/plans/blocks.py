@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -58,6 +59,7 @@ class BlockPlan(LayerPlan):
         super().__init__(layers, excluded)
         self.budgets = [self._budget(target, positions, table) for target in targets]
         self.floors = self._floors(least or {})
+        self._share_sizes()
         self._check()
 
     def _budget(
@@ -116,6 +118,13 @@ class BlockPlan(LayerPlan):
         """The model has moved to this device."""
         self.budgets = [budget.to(device) for budget in self.budgets]
         self.floors = self.floors.to(device)
+        self._share_sizes()
+
+    def _share_sizes(self) -> None:
+        """A budget of weights and the floors count the same: one tensor is enough for both."""
+        for cost in (budget.cost for budget in self.budgets):
+            if isinstance(cost, LinearCost) and torch.equal(cost.cost, self.floors.sizes):
+                self.floors = replace(self.floors, sizes=cost.cost)
 
     def thresholds(self, importance: Tensor, temperature: float, start: Tensor | None) -> Tensor:
         """θ of the soft mask that meets the budgets and floors."""
@@ -130,9 +139,12 @@ class BlockPlan(LayerPlan):
         self, importance: Tensor, thresholds: Tensor, temperature: float, grad_mask: Tensor
     ) -> Tensor:
         """∂L/∂m from ∂L/∂f, the thresholds moving with m."""
-        limits = [budget.limit for budget in self.budgets]
-        mask = self.soft_mask(importance, thresholds, temperature)
-        price = tightest(limits, mask).cost.marginal(mask)
+        first, *others = (budget.limit for budget in self.budgets)
+        if not others and isinstance(first.cost, LinearCost):
+            price = first.cost.cost  # whatever the mask
+        else:
+            mask = self.soft_mask(importance, thresholds, temperature)
+            price = tightest([first, *others], mask).cost.marginal(mask)
         return limits_vjp(importance, thresholds, temperature, grad_mask, price, self.floors)
 
     def top(self, importance: Tensor, removed: float = 1.0) -> Tensor:

@@ -151,9 +151,7 @@ class ChannelPlan:
             others = [i for i in range(w.ndim) if i != axis]
             sums = (w * grad).sum(dim=others) if others else w * grad
             masked = (layer.out >= 0).to(mask.device)
-            grad_mask.index_add_(
-                0, layer.out.to(mask.device)[masked], sums.to(mask.dtype)[masked]
-            )
+            grad_mask.index_add_(0, layer.out.to(mask.device)[masked], sums.to(mask.dtype)[masked])
             grad.mul_(factor)
         return grad_mask
 

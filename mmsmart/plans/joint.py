@@ -64,7 +64,8 @@ class JointPlan:
             yield from plan.spread(part)
 
     def scale(self, latent: Sequence[Tensor], mask: Tensor, out: Sequence[Tensor]) -> None:
-        for (plan, f), w, masked in zip(self._each(mask), self._by_plan(latent), self._by_plan(out)):
+        parts = zip(self._each(mask), self._by_plan(latent), self._by_plan(out))
+        for (plan, f), w, masked in parts:
             plan.scale(w, f, masked)
 
     def unmask(

@@ -54,7 +54,7 @@ class LayerPlan:
         parts = zip(mask.split(self.layer_sizes), grad_mask.split(self.layer_sizes))
         for layer, (f, sums), w, grad in zip(self.layers, parts, latent, grads):
             if grad is not None:
-                sums.copy_(layer.dot(w, grad))
+                layer.dot(w, grad, out=sums)
                 layer.scale(grad, f, out=grad)
         return grad_mask
 

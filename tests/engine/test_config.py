@@ -105,6 +105,9 @@ WRONG = {
     'recalibration as a truth value': (dict(recalibrate=True), ['smart.recalibrate', 'True']),
     'unknown resource': (dict(resource='joules'), ['smart.resource', "'joules'", "'params'"]),
     'unknown start': (dict(importance=dict(init='ones')), ['smart.importance.init', "'ones'"]),
+    'first importance without a scale': (
+        dict(importance=dict(scale=0)), ['smart.importance.scale', '0', "init='zero'"]
+    ),
     'no calibration batch': (dict(importance=dict(batches=0)), ['smart.importance.batches', '0']),
     'importance that does not learn': (dict(importance=dict(lr=0.0)), ['smart.importance.lr']),
     'importance with weight decay': (

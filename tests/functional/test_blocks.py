@@ -1,13 +1,22 @@
 """Tests of mmsmart.functional.blocks."""
 
 import itertools
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmsmart.functional import block_expand, block_grid, block_reduce, block_sizes
+from mmsmart.functional import (
+    block_dot,
+    block_expand,
+    block_grid,
+    block_reduce,
+    block_scale,
+    block_sizes,
+    blocks,
+)
 
 
 @st.composite
@@ -84,6 +93,37 @@ def test_results_share_no_memory_with_arguments(case):
     assert not values.any()
 
 
+@given(shapes_and_blocks(), st.sampled_from([1, 2, 7, 1 << 18]))
+def test_scaling_multiplies_every_entry_by_the_value_of_its_block(case, piece):
+    shape, block = case
+    x, values = numbers(shape), numbers(block_grid(shape, block)) + 0.5
+    expected = x * block_expand(values, shape, block)
+    with mock.patch.object(blocks, '_PIECE', piece):
+        assert torch.equal(block_scale(x, values, block), expected)
+        assert block_scale(x, values, block, out=x) is x
+    assert torch.equal(x, expected)
+
+
+@given(shapes_and_blocks(), st.sampled_from([1, 2, 7, 1 << 18]))
+def test_dot_sums_products_over_every_block(case, piece):
+    shape, block = case
+    x = numbers(shape)
+    y = x.flip(0) + 1 if shape else x + 1
+    with mock.patch.object(blocks, '_PIECE', piece):
+        assert torch.equal(block_dot(x, y, block), block_reduce(x * y, block))
+
+
+@pytest.mark.parametrize('block', [(4, 2, 1, -1), (3, 3, 2, 2), (1, 1, 1, 1)])
+def test_products_take_any_memory_layout(block):
+    x = numbers((8, 4, 3, 3))
+    y, values = x + 1, numbers(block_grid(x.shape, block))
+    last, other = (z.to(memory_format=torch.channels_last) for z in (x, y))
+    assert torch.equal(block_dot(last, other, block), block_dot(x, y, block))
+    scaled = block_scale(last, values, block)
+    assert torch.equal(scaled, block_scale(x, values, block))
+    assert scaled.stride() == last.stride()
+
+
 def test_expand_is_contiguous_so_that_views_of_it_work():
     assert block_expand(torch.rand(2, 2), (5, 3), (3, 2)).is_contiguous()
     assert block_expand(torch.rand(2, 2), (6, 4), (3, 2)).is_contiguous()
@@ -132,8 +172,14 @@ def test_bad_block_is_refused_by_every_function(shape, block, message):
         block_reduce(torch.zeros(shape), block)
     with pytest.raises(ValueError, match=message):
         block_expand(torch.zeros(1), shape, block)
+    with pytest.raises(ValueError, match=message):
+        block_scale(torch.zeros(shape), torch.zeros(1), block)
+    with pytest.raises(ValueError, match=message):
+        block_dot(torch.zeros(shape), torch.zeros(shape), block)
 
 
 def test_values_off_the_grid_are_refused():
     with pytest.raises(ValueError, match=r'(?s)one entry a block.*values: \(2, 3\).*\(2, 2\)'):
         block_expand(torch.zeros(2, 3), (4, 4), (2, 2))
+    with pytest.raises(ValueError, match=r'(?s)one entry a block.*values: \(4,\).*\(2, 2\)'):
+        block_scale(torch.zeros(4, 4), torch.zeros(4), (2, 2))

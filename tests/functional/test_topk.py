@@ -221,6 +221,10 @@ class TestGradient:
         assert torch.equal(mask, soft_mask(m, theta, 0.2))
         assert torch.equal(leaf.grad, soft_topk_vjp(m, theta, 0.2, grad, cost))
 
+    def test_autograd_through_a_mask_at_a_known_threshold_holds_it_fixed(self):
+        m = torch.randn(10, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradcheck(lambda m: soft_mask(m, 0.1, 0.5), m)
+
     def test_second_derivative_is_refused_not_wrong(self):
         m = torch.randn(4, requires_grad=True)
         (grad,) = torch.autograd.grad(soft_topk(m, 2, 1.0).square().sum(), m, create_graph=True)
@@ -270,8 +274,23 @@ class TestThreshold:
         m = torch.randn(1000)
         cost = costs_like(m)
         whole = _solve_on_device(m, 1e5, 0.1, cost)
-        monkeypatch.setattr(threshold, '_CHUNK', 64)
+        monkeypatch.setattr(threshold, '_CHUNK_ON_HOST', 64)
         torch.testing.assert_close(_solve_on_device(m, 1e5, 0.1, cost), whole)
+
+    def test_working_in_parts_changes_nothing(self, monkeypatch):
+        from mmsmart.functional import threshold
+
+        m = torch.randn(1000, dtype=torch.float64)
+        grad, cost, ends = torch.randn_like(m), costs_like(m), []
+        for size in (2**17, 64, 1):
+            monkeypatch.setattr(threshold, '_CHUNK_ON_HOST', size)
+            for price in (None, cost):
+                leaf = m.clone().requires_grad_()
+                mask = soft_topk(leaf, 300.0, 0.1, price)
+                mask.backward(grad)
+                ends.append((mask.detach(), leaf.grad))
+        for mine, whole in zip(ends, 3 * ends[:2]):
+            torch.testing.assert_close(mine, whole, rtol=1e-9, atol=1e-12)
 
     def test_search_of_the_device_encodes_the_ends_and_keeps_nan(self):
         m = torch.randn(5)
