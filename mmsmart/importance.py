@@ -37,19 +37,33 @@ def live_squares(layers: Sequence[BlockLayer]) -> Tensor:
     return torch.cat([_block_mean(layer, layer.weight.square()) for layer in layers])
 
 
-def sensitivity(layers: Sequence[BlockLayer]) -> Tensor:
-    """Mean |w ∂L/∂w| of every block, `(num_blocks,)`, from the gradients that are there.
+def contributions(layers: Sequence[BlockLayer]) -> Tensor:
+    """Sum of w ∂L/∂w over every block, `(num_blocks,)`, from the gradients that are there.
 
-    To first order, what the loss would change by if the weights of the block left (SNIP, arXiv
-    1810.02340). A layer without a gradient scores zero. Layers keep their own scales: gradients
-    compare them already.
+    To first order, what the loss rises by if the block doubles. Zeros for a layer without one.
     """
-    scores = []
+    sums = []
     for layer in layers:
         weight, grad = layer.weight.detach(), layer.weight.grad
-        product = torch.zeros_like(weight) if grad is None else (weight * grad).abs()
-        scores.append(_block_mean(layer, product))
-    return standardised(torch.cat(scores))
+        sums.append(layer.reduce(torch.zeros_like(weight) if grad is None else weight * grad))
+    return torch.cat(sums)
+
+
+def gradient(squares: Tensor) -> Tensor:
+    """Logarithm of the mean squared contributions, standardised over the network.
+
+    The criterion of Molchanov et al. (arXiv 1906.10771). Layers keep their own scales, since the
+    loss compares them; blocks without effect score as 1e-8 of the mean.
+
+    Args:
+        squares: Mean over batches of the squared contributions, `(num_blocks,)`.
+
+    Example:
+        >>> gradient(torch.tensor([1.0, 100.0]))
+        tensor([-1.,  1.])
+    """
+    least = (1e-8 * squares.mean()).clamp_min(torch.finfo(torch.float32).tiny)
+    return standardised(squares.clamp_min(least).log())
 
 
 def activation(layers: Sequence[BlockLayer], norms: dict[str, Tensor]) -> Tensor:

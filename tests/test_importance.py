@@ -7,7 +7,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mmsmart.blocks import find_layers
-from mmsmart.importance import activation, common_scale, input_norms, magnitude
+from mmsmart.importance import (
+    activation,
+    common_scale,
+    contributions,
+    gradient,
+    input_norms,
+    magnitude,
+)
 
 few = settings(max_examples=40)
 
@@ -198,3 +205,32 @@ def test_recording_changes_neither_weights_nor_gradients():
     assert torch.equal(layer.weight, before)
     assert layer.weight.grad is not None
     assert not norms['layer'].requires_grad
+
+
+def test_contributions_are_the_change_of_the_loss_as_blocks_grow():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)).double()
+    images = torch.randn(5, 4).double()
+    layers, _ = find_layers(model, block=(2, 2))
+    model(images).square().mean().backward()
+    expected = []
+    for layer in layers:
+        for block in torch.eye(layer.num_blocks).double():
+            ends, kept = [], layer.weight.data.clone()
+            for step in (1e-5, -1e-5):
+                layer.weight.data = kept * (1 + step * layer.expand(block))
+                ends.append(model(images).square().mean().item())
+            layer.weight.data = kept
+            expected.append((ends[0] - ends[1]) / 2e-5)
+    torch.testing.assert_close(contributions(layers), torch.tensor(expected).double())
+
+
+def test_layers_without_a_gradient_contribute_nothing_and_score_least():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    layers, _ = find_layers(model, block=(2, 2))
+    model[0](torch.ones(1, 4)).sum().backward()
+    squares = contributions(layers).square()
+    assert bool((squares[4:] == 0).all())
+    scores = gradient(squares)
+    assert bool(scores.isfinite().all()) and scores[:4].min() > scores[4:].max()
+    assert float(scores.std(unbiased=False)) == pytest.approx(1, abs=1e-5)

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from mmsmart.cost import count_positions
 from mmsmart.engine.random_state import preserved_random_state
 from mmsmart.engine.raw_forward import RawForward
-from mmsmart.importance import activation, input_norms, magnitude, sensitivity
+from mmsmart.importance import activation, contributions, gradient, input_norms, magnitude
 from mmsmart.masking import BlockMasks
 
 # Pixels at which a network is followed where that is enough: large graphs take seconds and GiBs.
@@ -125,25 +125,35 @@ def first_importance(
         drawn = torch.randn(masks.num_blocks)
         return drawn if init == 'random' else torch.zeros_like(drawn)
     if init == 'gradient':
-        with evaluating(model), torch.enable_grad():
-            for batch in _training_batches(runner, batches):
-                data = model.data_preprocessor(batch, True)
-                model.parse_losses(model._run_forward(data, mode='loss'))[0].backward()
-        for layer in masks.layers:
-            if layer.weight.grad is not None:
-                dist.all_reduce(layer.weight.grad, op='mean')
-        scores = sensitivity(masks.layers)
-        model.zero_grad()
-        return masks.plan.first(scores)
+        return gradient(_squared_contributions(runner, model, masks, batches))
+    return masks.plan.first(activation(masks.layers, _norms(runner, model, masks, batches)))
+
+
+def _norms(runner: Runner, model: nn.Module, masks: BlockMasks, batches: int) -> dict[str, Tensor]:
+    """Norms of the layers' inputs over all processes, each of which has seen its own images."""
     with evaluating(model), input_norms(masks.layers) as norms:
         for batch in _training_batches(runner, batches):
-            data = model.data_preprocessor(batch, True)
-            model._run_forward(data, mode='loss')
-    for name, norm in norms.items():  # each process has seen its own share of the images
+            model._run_forward(model.data_preprocessor(batch, True), mode='loss')
+    for name, norm in norms.items():
         squares = norm.square()
         dist.all_reduce(squares, op='mean')
         norms[name] = squares.sqrt()
-    return masks.plan.first(activation(masks.layers, norms))
+    return norms
+
+
+def _squared_contributions(
+    runner: Runner, model: nn.Module, masks: BlockMasks, batches: int
+) -> Tensor:
+    """Mean over batches, and over processes, of squared contributions, `(num_blocks,)`."""
+    squares = torch.zeros(masks.num_blocks, device=masks.layers[0].weight.device)
+    with evaluating(model), torch.enable_grad():
+        for batch in _training_batches(runner, batches):
+            losses = model._run_forward(model.data_preprocessor(batch, True), mode='loss')
+            model.parse_losses(losses)[0].backward()
+            squares += masks.plan.average(contributions(masks.layers)).square() / batches
+            model.zero_grad()
+    dist.all_reduce(squares, op='mean')
+    return squares
 
 
 def _training_batches(runner: Runner, count: int, whole: bool = False) -> Iterator[Any]:

@@ -242,3 +242,19 @@ def test_loader_with_a_batch_sampler_is_calibrated_on_whole_batches(tmp_path, fi
     config = smart_config(tmp_path)
     config['train_dataloader']['batch_sampler'] = dict(type='FixedBatches', drop_last=False)
     assert run(config).value == notes
+
+
+@pytest.mark.parametrize('init', ['gradient', 'random', 'zero'])
+def test_search_begins_from_what_init_names_at_its_scale(tmp_path, init):
+    smart = dict(
+        importance=dict(init=init, scale=0.5),
+        temperature=dict(start=1.0, end=0.1),
+        stages=dict(pretrain=0.5, search=0.5, finetune=0.0),
+    )
+    config = smart_config(tmp_path, smart, train_cfg=dict(max_epochs=1), val_dataloader=None)
+    config.update(val_evaluator=None, val_cfg=None)
+    first = torch.tensor(
+        next(note['mask'] for note in run(config).value if note['state'] == 'soft')
+    )
+    spread = float(first.logit().std())  # of (m - θ)/τ at τ = 1
+    assert spread == pytest.approx(0.0 if init == 'zero' else 0.5, abs=0.05)
