@@ -14,7 +14,8 @@ Two invariants carry everything here.
 
 A model is at any time in one of three states: `dense` (masks installed, weights untouched), `soft`
 (the search: masks in (0, 1) that meet the budget) or `hard` (pruned weights are exactly zero, and
-stay so).
+stay so). What the masks of the search are is up to a method, :mod:`mmsmart.methods`; all that is
+said here holds for each of them, the budget of rivals' masks from their last cut on.
 
 Source: SMART pruner, arXiv 2403.19969, Figure 1 and section 3.
 """
