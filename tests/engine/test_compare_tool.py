@@ -254,16 +254,26 @@ def test_missing_weights_are_named_before_any_run(desk):
     assert desk.calls() == []
 
 
+def _heed_interrupts():
+    # What a shell starts in the background ignores them, and so would all that it starts.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_interrupting_the_tool_ends_what_it_started(desk):
     desk.write({NAMES[0]: 'hang'})
     words = [sys.executable, TOOL, 'trial.yaml', '--jobs', '1', '--command', ' '.join(COMMAND)]
     environment = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(REPO), *sys.path])}
-    with subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        while not (desk.root / NAMES[0] / 'last_checkpoint').is_file():
-            assert process.poll() is None
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        shown, _ = process.communicate(timeout=30)
+    with subprocess.Popen(
+        words, env=environment, stdout=subprocess.PIPE, text=True, preexec_fn=_heed_interrupts
+    ) as process:
+        try:
+            while not (desk.root / NAMES[0] / 'last_checkpoint').is_file():
+                assert process.poll() is None
+                time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            shown, _ = process.communicate(timeout=30)
+        finally:
+            process.kill()
     assert process.returncode == 130 and 'the same command goes on from here' in shown
     folder = JobFolder(desk.root, jobs_of(read_suite('trial.yaml'))[0])
     with folder.lock() as lock:  # nothing that it started is alive and holds it
