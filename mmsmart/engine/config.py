@@ -94,7 +94,7 @@ class ImportanceStart:
     """Where the importance starts: what is known of the blocks before the search, or nothing."""
 
     init: str = 'activation'
-    scale: float = 0.3
+    scale: float = 1.0
     batches: int = 8
 
     def __post_init__(self) -> None:

@@ -312,6 +312,7 @@ def test_configs_of_a_shipped_suite_inherit_what_they_change(path, tmp_path):
         assert '_delete_' not in str(config)
         new = set(keys(config.to_dict())) - set(keys(stock.to_dict()))
         assert new <= {
+            'custom_hooks',
             'smart.sparsity',
             'randomness.seed',
             'optim_wrapper.type',
