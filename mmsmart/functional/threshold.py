@@ -93,7 +93,8 @@ def _solve_on_host(
 ) -> Tensor:
     total = float(m.numel()) if cost is None else cost.sum().item()
     goal = checked_budget(budget, total)
-    least, most = (bound.item() for bound in torch.aminmax(m))
+    wide = m.float() if m.element_size() < 4 else m  # torch 2.1 has none for halves
+    least, most = (bound.item() for bound in torch.aminmax(wide))
     if not -math.inf < least <= most < math.inf:
         raise ValueError(
             f'importance ranges over [{least}, {most}]; every entry must be finite. NaN or inf '
