@@ -13,8 +13,8 @@ from .blocks import (
 )
 from .costs import BlockCost, Cost, CurveCost, Curves, LinearCost
 from .coupled import CoupledCost, coupled_topk
+from .floors import Floors
 from .limits import (
-    Floors,
     Limit,
     limited_topk,
     limits_mask,

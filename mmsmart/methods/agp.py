@@ -4,12 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from mmsmart.methods.method import Gradual, expect, within_layers
-from mmsmart.plans import Plan
-
-SCOPES = ('layer', 'network')
+from mmsmart.methods.method import Gradual
 
 
 @dataclass
@@ -28,10 +23,3 @@ class AGP(Gradual):
 
     interval: int = 10
     scope: str = 'layer'
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        expect(self, 'scope', self.scope in SCOPES, f'one of {SCOPES}')
-
-    def ranking(self, plan: Plan, importance: Tensor) -> Tensor:
-        return within_layers(plan, importance) if self.scope == 'layer' else importance

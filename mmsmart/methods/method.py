@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from mmsmart.importance import magnitude
 from mmsmart.plans import Plan
 
+SCOPES = ('network', 'layer')
+
 
 class Method:
     """One way to decide which blocks stay; subclasses are dataclasses of their settings.
@@ -46,8 +48,8 @@ class Method:
         """Decide the first mask."""
 
     def mask(self, plan: Plan, importance: Tensor) -> Tensor:
-        """What multiplies the blocks now, `(num_blocks,)`."""
-        raise NotImplementedError
+        """What multiplies the blocks now, `(num_blocks,)`; by default, 1 for what fits first."""
+        return plan.top(self.ranking(plan, importance))
 
     def backward(self, plan: Plan, importance: nn.Parameter, grad_mask: Tensor) -> None:
         """Take the gradient of the mask: the sum over every block of w ∂L/∂(w f)."""
@@ -84,14 +86,20 @@ class Gradual(Method):
 
     Args:
         interval: Steps between two masks, 1 or more.
+        scope: 'network' for one threshold over all layers, 'layer' to cut the same share of each.
     """
 
     interval: int = 1
+    scope: str = 'network'
     kept: Tensor | None = field(default=None, init=False)
     steps: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         expect(self, 'interval', is_count(self.interval), 'an integer of at least 1')
+        expect(self, 'scope', self.scope in SCOPES, f'one of {SCOPES}')
+
+    def ranking(self, plan: Plan, importance: Tensor) -> Tensor:
+        return within_layers(plan, importance) if self.scope == 'layer' else importance
 
     def removed(self, progress: float) -> float:
         """How much of what is to be removed is removed at this progress, in [0, 1]."""

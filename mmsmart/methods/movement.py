@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from mmsmart.methods.agp import SCOPES
-from mmsmart.methods.method import Gradual, expect, within_layers
+from mmsmart.methods.method import Gradual
 from mmsmart.plans import Plan
 
 
@@ -31,13 +30,6 @@ class Movement(Gradual):
 
     learns = True
     init = 'zero'
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        expect(self, 'scope', self.scope in SCOPES, f'one of {SCOPES}')
-
-    def ranking(self, plan: Plan, importance: Tensor) -> Tensor:
-        return within_layers(plan, importance) if self.scope == 'layer' else importance
 
     def backward(self, plan: Plan, importance: nn.Parameter, grad_mask: Tensor) -> None:
         importance.grad = grad_mask
