@@ -55,6 +55,8 @@ def draw_curves(results: Sequence[Result], methods: Sequence[str], path: str | P
     first = results[0]
     seeds = len({result.seed for result in results})
     axes.set_xticks(sparsities, [f'{sparsity:g}' for sparsity in sparsities])
+    # Half a step on either side: what stands aside of a lone sparsity must not look like another.
+    axes.set_xlim(sparsities[0] - gap / 2, sparsities[-1] + gap / 2)
     axes.set(
         xlabel='sparsity',
         ylabel=first.metric,
