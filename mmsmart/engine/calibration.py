@@ -144,15 +144,27 @@ def _norms(runner: Runner, model: nn.Module, masks: BlockMasks, batches: int) ->
 def _squared_contributions(
     runner: Runner, model: nn.Module, masks: BlockMasks, batches: int
 ) -> Tensor:
-    """Mean over batches, and over processes, of squared contributions, `(num_blocks,)`."""
+    """Mean over batches of the squared contributions of every block, `(num_blocks,)`.
+
+    Those of a batch are averaged over processes before they are squared: several processes with a
+    part of each batch find what one finds with the whole.
+    """
     squares = torch.zeros(masks.num_blocks, device=masks.layers[0].weight.device)
     with evaluating(model), torch.enable_grad():
         for batch in _training_batches(runner, batches):
             losses = model._run_forward(model.data_preprocessor(batch, True), mode='loss')
-            model.parse_losses(losses)[0].backward()
-            squares += masks.plan.average(contributions(masks.layers)).square() / batches
+            loss = model.parse_losses(losses)[0]
+            if not loss.requires_grad:
+                raise ValueError(
+                    "smart.importance.init: 'gradient' needs a loss with a gradient, and that of "
+                    f'{type(model).__name__} in evaluation mode has none. Choose '
+                    "init='activation', or 'magnitude', which needs no data."
+                )
+            loss.backward()
+            of_batch = masks.plan.average(contributions(masks.layers))
+            dist.all_reduce(of_batch, op='mean')
+            squares += of_batch.square() / batches
             model.zero_grad()
-    dist.all_reduce(squares, op='mean')
     return squares
 
 

@@ -17,7 +17,7 @@ from mmsmart.functional import TemperatureSchedule
 from mmsmart.latency import LatencyTable, read_table
 from mmsmart.methods import METHODS, Method
 
-INITIALISATIONS = ('activation', 'magnitude', 'gradient', 'random', 'zero')
+INITIALISATIONS = ('gradient', 'activation', 'magnitude', 'random', 'zero')
 
 
 def build(cls: type, key: str, values: dict[str, Any] | None) -> Any:
@@ -93,9 +93,9 @@ class Stages:
 class ImportanceStart:
     """Where the importance starts: what is known of the blocks before the search, or nothing."""
 
-    init: str = 'activation'
+    init: str = 'gradient'
     scale: float = 1.0
-    batches: int = 8
+    batches: int = 16
 
     def __post_init__(self) -> None:
         if isinstance(self.scale, bool) or not isinstance(self.scale, (int, float)):

@@ -57,7 +57,7 @@ class SmartPruningHook(Hook):
         method_cfg: Settings of the method.
         stages: `dict(pretrain=0.0, search=0.6, finetune=0.4)`, shares of the run's iterations.
         temperature: `dict(start=3.0, end=0.01, shape='geometric')`.
-        importance: `dict(init='activation', batches=8)`, or init='magnitude' for weights alone.
+        importance: `dict(init='gradient', batches=16)`, or init='magnitude' for weights alone.
         distillation: `dict(weight=1.0)`, or the weight: from the search on, the loss keeps the
             backbone's features near those of the dense network.
         recalibrate: Training batches over which BatchNorm's statistics are measured anew when the

@@ -34,7 +34,7 @@ CLIPPED = dict(optim_wrapper=dict(clip_grad=dict(max_norm=0.5)))
 def run_of(work_dir: Path, batch_size: int, *features: dict) -> dict:
     """A search of 20 iterations from the first to the last, then 4 of fine-tuning."""
     stages = dict(pretrain=0.0, search=5 / 6, finetune=1 / 6)
-    importance = dict(init='magnitude')
+    importance = dict(init='gradient', batches=2)
     config = smart_config(work_dir, dict(stages=stages, importance=importance))
     for feature in features:
         config = merged(config, feature)
