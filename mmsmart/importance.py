@@ -95,10 +95,10 @@ def common_scale(scores: Sequence[Tensor]) -> Tensor:
 
 def standardised(scores: Tensor) -> Tensor:
     """Mean 0 and standard deviation 1 over the network; zeros where all scores are the same."""
-    centred = scores.double() - scores.double().mean()
-    spread = centred.std(unbiased=False)
+    centred = scores - scores.mean(dtype=torch.float64)
+    spread = centred.square().mean(dtype=torch.float64).sqrt()
     # Around a mean of 1, a smaller spread than this is the rounding of float32 scores.
-    return (centred / spread if spread > 1e-6 else torch.zeros_like(centred)).float()
+    return (centred / torch.where(spread > 1e-6, spread, torch.inf)).float()
 
 
 @contextmanager

@@ -369,11 +369,56 @@ def test_state_of_another_method_is_refused():
         ('sequential_attention', 'cycles', 0),
         ('sequential_attention', 'steepness', 'steep'),
         ('smart', 'tied', 1),
+        ('smart', 'curvature', -0.5),
     ],
 )
 def test_a_setting_out_of_range_is_refused_by_its_key(name, setting, value):
     with pytest.raises(ValueError, match=rf'smart\.method_cfg\.{setting}: got {value!r}'):
         METHODS[name](**{setting: value})
+
+
+def recorded(method):
+    """The gradients of the mask that a method is given, from now on."""
+    grads, inner = [], method.backward
+
+    def backward(plan, importance, grad_mask):
+        grads.append(grad_mask.clone())
+        inner(plan, importance, grad_mask)
+
+    method.backward = backward
+    return grads
+
+
+def test_the_importance_follows_the_logarithm_of_the_mean_squared_gradient():
+    search = Search(METHODS['smart'](curvature=0.5))
+    search.importance = torch.optim.SGD([search.masks.importance], lr=0.0)
+    first = search.masks.importance.detach().clone()
+    grads = recorded(search.masks.method)
+    search.run()
+    squares = torch.stack(grads).square().mean(0)  # of fewer steps than it looks back on
+    score = squares.clamp_min(1e-8 * squares.mean()).log()  # a dead unit has no gradient
+    expected = 0.5 * (score - score.mean()) / score.std(unbiased=False)
+    torch.testing.assert_close(search.masks.importance - first, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_old_gradients_are_forgotten_by_the_curvature():
+    search = Search(METHODS['smart'](curvature=1.0))
+    method, masks = search.masks.method, search.masks
+    for count in range(700):
+        loud = torch.arange(masks.num_blocks) % 2 == (count < 100)
+        method.backward(masks.plan, masks.importance, torch.where(loud, 10.0, 1.0))
+    assert bool((method.squares[::2] > 99).all() and (method.squares[1::2] < 2).all())
+
+
+def test_an_overflow_leaves_the_curvature_as_it_is():
+    search = Search(METHODS['smart'](curvature=1.0))
+    search.run(3)
+    method, masks = search.masks.method, search.masks
+    importance, squares = masks.importance.detach().clone(), method.squares.clone()
+    broken = torch.ones(masks.num_blocks)
+    broken[0] = torch.inf
+    method.backward(masks.plan, masks.importance, broken)
+    assert torch.equal(masks.importance, importance) and torch.equal(method.squares, squares)
 
 
 def test_smart_without_a_temperature_is_refused():

@@ -29,8 +29,16 @@ smart = dict(
     stages=dict(pretrain=0.0, search=0.6, finetune=0.4),
     # softness of the mask, falling over the search: 'geometric', 'linear' or 'cosine'
     temperature=dict(start=3.0, end=0.01, shape='geometric'),
-    # start from the loss's gradients on some training batches, or 'magnitude' for weights alone
-    importance=dict(init='gradient', scale=1.0, batches=16, lr=0.02, optimizer=dict(type='Adam')),
+    # first importance (a weak one: what the search learns counts), how strongly it follows the
+    # curvature of the loss, and the optimiser of what is learnt besides
+    importance=dict(
+        init='magnitude',
+        scale=0.1,
+        batches=16,
+        curvature=1.0,
+        lr=0.01,
+        optimizer=dict(type='Adam'),
+    ),
     # overrides by name, such as dict(pattern='head', exclude=True) or min_density=0.1 there
     layers=[],
     # training batches over which BatchNorm is measured anew when the masks turn hard; 0 for none

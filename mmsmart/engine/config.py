@@ -17,7 +17,7 @@ from mmsmart.functional import TemperatureSchedule
 from mmsmart.latency import LatencyTable, read_table
 from mmsmart.methods import METHODS, Method
 
-INITIALISATIONS = ('gradient', 'activation', 'magnitude', 'random', 'zero')
+INITIALISATIONS = ('magnitude', 'activation', 'gradient', 'random', 'zero')
 
 
 def build(cls: type, key: str, values: dict[str, Any] | None) -> Any:
@@ -91,11 +91,12 @@ class Stages:
 
 @dataclass(frozen=True)
 class ImportanceStart:
-    """Where the importance starts: what is known of the blocks before the search, or nothing."""
+    """Where the importance starts, and what it follows besides its optimiser."""
 
-    init: str = 'gradient'
-    scale: float = 1.0
+    init: str = 'magnitude'
+    scale: float = 0.1
     batches: int = 16
+    curvature: float = 1.0
 
     def __post_init__(self) -> None:
         if isinstance(self.scale, bool) or not isinstance(self.scale, (int, float)):
@@ -113,13 +114,19 @@ class ImportanceStart:
             raise ValueError(
                 f'smart.importance.batches: expected an integer above 0, got {self.batches!r}.'
             )
+        held = isinstance(self.curvature, (int, float)) and not isinstance(self.curvature, bool)
+        if not (held and 0 <= self.curvature < math.inf):
+            raise ValueError(
+                f'smart.importance.curvature: got {self.curvature!r}, expected a number of at '
+                'least 0; 0 leaves the importance to its optimiser alone.'
+            )
 
 
 @dataclass(frozen=True)
 class ImportanceOptimizer:
     """How the importance learns; `optimizer` is an MMEngine optimiser config without `lr`."""
 
-    lr: float = 0.02
+    lr: float = 0.01
     optimizer: dict[str, Any] = field(default_factory=lambda: dict(type='Adam'))
 
     def __post_init__(self) -> None:
@@ -144,6 +151,7 @@ class Importance:
     init: str = ImportanceStart.init
     scale: float = ImportanceStart.scale
     batches: int = ImportanceStart.batches
+    curvature: float = ImportanceStart.curvature
     lr: float = ImportanceOptimizer.lr
     optimizer: dict[str, Any] = field(default_factory=lambda: dict(type='Adam'))
 
@@ -308,9 +316,7 @@ class Smart:
             method_cfg=self.method_cfg,
             stages=self.stages,
             temperature=self.temperature,
-            importance=dict(
-                init=importance.init, scale=importance.scale, batches=importance.batches
-            ),
+            importance={x.name: getattr(importance, x.name) for x in fields(ImportanceStart)},
             distillation=self.distillation,
             recalibrate=self.recalibrate,
         )

@@ -30,7 +30,7 @@ class MaskedStep:
     """What both wrappers share; comes before the MMEngine wrapper among the base classes.
 
     Args:
-        importance: `dict(lr=0.02, optimizer=dict(type='Adam'))`, the optimiser of the importance.
+        importance: `dict(lr=0.01, optimizer=dict(type='Adam'))`, the optimiser of the importance.
         kwargs: Arguments of the MMEngine wrapper.
     """
 
@@ -79,12 +79,18 @@ class MaskedStep:
     def step(self, **kwargs: Any) -> None:
         """Step latent weights and importance, then put masks at `self.temperature` in place."""
         with self._attached().latent_weights(self.temperature):
-            if self._importance_learns:
-                same_everywhere(self.masks.importance.grad)
             self._step_importance()
+            if self._importance_learns:
+                same_everywhere(self.masks.importance.data)
             super().step(**kwargs)
         if self.masks.state == 'soft' and self.masks.method.restarted:
             self.optimizer.state.clear()
+
+    def zero_grad(self, **kwargs: Any) -> None:
+        """MMEngine's; the importance's gradient, too, takes no memory between steps."""
+        super().zero_grad(**kwargs)
+        if self.importance_optimizer is not None:
+            self.importance_optimizer.zero_grad()
 
     @property
     def _importance_learns(self) -> bool:

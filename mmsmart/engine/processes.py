@@ -82,8 +82,9 @@ def without_gpus() -> bool:
 def same_everywhere(values: Tensor) -> Tensor:
     """The first process's values, in every process.
 
-    They are the same up to rounding before: gradients are averaged over processes. But a GPU adds
-    up in an order of its own each time, and a last bit more can move a block over the threshold.
+    They are the same up to rounding before, since they come of gradients that are averaged over
+    processes. But a GPU adds up in an order of its own each time, and a last bit more can move a
+    block over the threshold.
     """
     dist.broadcast(values)
     return values

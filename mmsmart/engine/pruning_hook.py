@@ -57,7 +57,8 @@ class SmartPruningHook(Hook):
         method_cfg: Settings of the method.
         stages: `dict(pretrain=0.0, search=0.6, finetune=0.4)`, shares of the run's iterations.
         temperature: `dict(start=3.0, end=0.01, shape='geometric')`.
-        importance: `dict(init='gradient', batches=16)`, or init='magnitude' for weights alone.
+        importance: `dict(init='magnitude', scale=0.1, batches=16, curvature=1.0)`: where the
+            search starts, and how strongly the importance follows the curvature of the loss.
         distillation: `dict(weight=1.0)`, or the weight: from the search on, the loss keeps the
             backbone's features near those of the dense network.
         recalibrate: Training batches over which BatchNorm's statistics are measured anew when the
@@ -115,7 +116,10 @@ class SmartPruningHook(Hook):
                 'base file `_base_/smart.py`.'
             )
         self._begin, self._end = self.stages.boundaries(runner.max_iters)
-        masks.method = make_method(self.method, self.method_cfg)
+        settings = dict(self.method_cfg or {})
+        if self.method == 'smart':
+            settings.setdefault('curvature', self.start.curvature)
+        masks.method = make_method(self.method, settings)
         settings = self.distillation
         wrapper.attach(masks, settings and DenseFeatures(model, settings.weight))
         if runner.cfg.get('compile'):  # of a train step, what moves masks and weights is no part

@@ -6,6 +6,7 @@ the budget and the last cut are the same for all, see :mod:`mmsmart.masking`.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -65,8 +66,9 @@ class Method:
         return f'{type(self).__name__}({", ".join(settings)})'
 
     def state_dict(self) -> dict[str, Any]:
-        """What changes while the method runs: fields that are no settings."""
-        return {item.name: getattr(self, item.name) for item in fields(self) if not item.init}
+        """A copy of what changes while the method runs: fields that are no settings."""
+        changing = {item.name: getattr(self, item.name) for item in fields(self) if not item.init}
+        return copy.deepcopy(changing)
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         """Go on where :meth:`state_dict` was taken."""

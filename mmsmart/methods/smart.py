@@ -1,42 +1,62 @@
-"""SMART: separate importance, differentiable top-k, falling temperature."""
+"""SMART: separate importance, differentiable top-k, falling temperature, and curvature."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from mmsmart.importance import live_magnitude
+from mmsmart.importance import gradient, live_magnitude
 from mmsmart.methods.method import Method, expect, magnitudes
 from mmsmart.plans import Plan
+
+
+# Steps that the running mean of the squared gradients looks back on.
+_MEMORY = 100
 
 
 @dataclass
 class Smart(Method):
     """A soft top-k over the importances of all blocks, which are trained beside the weights.
 
-    Source: arXiv 2403.19969, Figure 1 and section 3.
+    Source: arXiv 2403.19969, Figure 1 and section 3. What is ours is the curvature: a network that
+    was trained out has no slope to learn an importance from, ∂L/∂f being noise around zero, but the
+    size of that noise tells what the loss would rise by without the block (the diagonal of Fisher's
+    matrix). So the importance follows, besides what its optimiser learns, the logarithm of the
+    running mean of (∂L/∂f)², standardised over the network.
 
     Attributes:
         temperature: τ of the mask that is in the weights now.
         thresholds: θ of it, as the plan solved for them.
+        squares: Running mean of (∂L/∂f)², `(num_blocks,)`, if there is curvature.
+        steps: Steps it was taken over.
 
     Args:
+        curvature: Standard deviation over the network of what curvature gives the importance, as
+            `smart.importance.curvature` has it; 0 leaves all to the optimiser, as in the paper.
         tied: For ablations: the importance is no parameter of its own but the magnitude of its
-            block, and its gradient moves the weights.
+            block, and its gradient moves the weights. There is no curvature then.
     """
 
+    curvature: float = 0.0
     tied: bool = False
     temperature: float | None = field(default=None, init=False)
     thresholds: Tensor | list[Tensor] | None = field(default=None, init=False)
+    squares: Tensor | None = field(default=None, init=False)
+    steps: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
+        holds = isinstance(self.curvature, (int, float)) and 0 <= self.curvature < math.inf
+        expect(self, 'curvature', holds and self.curvature is not True, 'a number, 0 or more')
         expect(self, 'tied', isinstance(self.tied, bool), 'True or False')
         self.learns = not self.tied
         self.init = 'magnitude' if self.tied else None
 
     def begin(self, plan: Plan, importance: nn.Parameter, temperature: float | None) -> None:
+        if self.curvature and not self.tied:
+            self.squares = torch.zeros_like(importance.data)
         self._solve(plan, importance, temperature)
 
     def mask(self, plan: Plan, importance: Tensor) -> Tensor:
@@ -49,6 +69,18 @@ class Smart(Method):
                 plan.first(live_magnitude(plan.layers)).backward(grad)
         else:
             importance.grad = grad
+        if self.squares is not None:
+            self._follow(importance, grad_mask)
+
+    def _follow(self, importance: nn.Parameter, grad_mask: Tensor) -> None:
+        """Move the importance by as much as the curvature's score has changed with this gradient."""
+        before = gradient(self.squares)
+        self.steps += 1
+        new = grad_mask.square()
+        # A loss scaler may have overflowed: such an iteration steps nothing.
+        rate = torch.where(new.sum().isfinite(), max(1 / self.steps, 1 / _MEMORY), 0.0)
+        self.squares.lerp_(new.nan_to_num_(0.0, 0.0, 0.0), rate)
+        importance.data += self.curvature * (gradient(self.squares) - before)
 
     def advance(self, plan: Plan, importance: nn.Parameter, temperature: float | None) -> None:
         if self.tied:
@@ -56,7 +88,7 @@ class Smart(Method):
         self._solve(plan, importance, self.temperature if temperature is None else temperature)
 
     def finish(self, plan: Plan, importance: nn.Parameter) -> None:
-        self.temperature = self.thresholds = None
+        self.temperature = self.thresholds = self.squares = None
 
     def _solve(self, plan: Plan, importance: Tensor, temperature: float | None) -> None:
         if temperature is None:

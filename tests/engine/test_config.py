@@ -89,7 +89,7 @@ WRONG = {
     ),
     'setting of another method': (
         dict(method_cfg=dict(interval=3)),
-        ['smart.method_cfg', "'interval'", "['tied']"],
+        ['smart.method_cfg', "'interval'", "['curvature', 'tied']"],
     ),
     'odd number of phases': (
         dict(method='acdc', method_cfg=dict(phases=3)),
@@ -104,6 +104,9 @@ WRONG = {
     'negative recalibration': (dict(recalibrate=-1), ['smart.recalibrate', '-1', '0 or more']),
     'recalibration as a truth value': (dict(recalibrate=True), ['smart.recalibrate', 'True']),
     'unknown resource': (dict(resource='joules'), ['smart.resource', "'joules'", "'params'"]),
+    'negative curvature': (
+        dict(importance=dict(curvature=-1)), ['smart.importance.curvature', '-1', 'at least 0']
+    ),
     'unknown start': (dict(importance=dict(init='ones')), ['smart.importance.init', "'ones'"]),
     'first importance without a scale': (
         dict(importance=dict(scale=0)), ['smart.importance.scale', '0', "init='zero'"]

@@ -138,9 +138,17 @@ def test_importance_follows_its_gradient():
     """SGD on the importance moves it against the gradient through the budgeted mask."""
     model, masks, wrapper = searching(importance=dict(lr=0.5, optimizer=dict(type='SGD')))
     before = masks.importance.detach().clone()
-    step(model, wrapper, batch())
+    wrapper.backward(loss_of(model, batch()))
+    wrapper.step()
     torch.testing.assert_close(masks.importance.detach(), before - 0.5 * masks.importance.grad)
     assert bool(masks.importance.grad.any())
+
+
+def test_no_gradient_is_held_between_steps():
+    model, masks, wrapper = searching()
+    step(model, wrapper, batch())
+    assert masks.importance.grad is None
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 @pytest.mark.parametrize('steps_before', [1, 5])
@@ -229,6 +237,8 @@ def test_loss_scale_changes_neither_weights_nor_importance(mixed, clip_grad):
         model, masks, wrapper = mixed(scale, clip_grad=clip_grad, temperature=0.5)
         for seed in range(3):
             step(model, wrapper, batch(seed=seed))
+        wrapper.backward(loss_of(model, batch()))
+        wrapper.step()
         ends.append((masks.importance.detach(), masks.importance.grad, *latent_of(masks)))
     for one, other in zip(*ends):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)

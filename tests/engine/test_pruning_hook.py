@@ -104,7 +104,7 @@ def test_logs_at_the_end_of_an_epoch_shorter_than_their_interval_show_it_too(tmp
 
 def test_importance_has_its_own_constant_learning_rate(finished_run):
     _, notes = finished_run
-    assert {note['importance_lr'] for note in notes} == {0.02}
+    assert {note['importance_lr'] for note in notes} == {0.01}
     assert len({note['lr'] for note in notes}) == len(notes)
 
 
