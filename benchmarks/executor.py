@@ -2,12 +2,14 @@
 
     python benchmarks/executor.py --threads 2
     python benchmarks/executor.py --block 16 8 --sparsity 0.9 --spread even
+    python benchmarks/executor.py --device cuda --dtype bfloat16 --batch-sizes 8 64
 
 For every shape, and for the stack of all sixteen layers, at batch 1 and 8: torch's convolution in
-its two memory formats, oneDNN's with a weight that is reordered once beforehand, and ours. The
-speed-up is over the faster of torch's two formats, from medians and from the fastest round of each:
-on a machine that others use, the fastest rounds tell what the code takes. `accelerate` at the end
-says what it chooses in the whole network, if torchvision is installed.
+its two memory formats, on a CPU oneDNN's with a weight that is reordered once beforehand, and ours.
+The speed-up is over the faster of torch's two formats, from medians and from the fastest round of
+each: on a machine that others use, the fastest rounds tell what the code takes. A round on a GPU
+ends when the GPU is done; in float32 torch may use TF32 there, and ours does not. `accelerate` at
+the end says what it chooses in the whole network, if torchvision is installed.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from mmsmart.executor import accelerate
-from mmsmart.executor.forward import SparseForward
+from mmsmart.executor.forward import SparseForward, sparse_forwards
 
 # Input channels, output channels, stride, image size, and how many such layers ResNet-50 has.
 LAYERS = [
@@ -34,14 +36,14 @@ LAYERS = [
     (512, 512, 2, 14, 1),
     (512, 512, 1, 7, 2),
 ]
-NAMES = ('contiguous', 'channels last', 'reordered', 'sparse')
+DENSE = ('contiguous', 'channels last')
 
 
 def prune(weight: Tensor, block: Sequence[int], sparsity: float, uneven: bool) -> None:
     """Zero random blocks: any of them alike, or more of them in some rows, columns and corners."""
     out, channels, *kernel = weight.shape
     grid = [-(-out // block[0]), -(-channels // block[1]), *kernel]
-    scores = torch.randn(grid)
+    scores = torch.randn(grid, dtype=torch.float32)
     if uneven:
         scores += torch.randn(grid[0], 1, 1, 1) + torch.randn(1, grid[1], 1, 1)
         scores += torch.randn(1, 1, *kernel) * (len(kernel) > 0)
@@ -58,38 +60,55 @@ def fastest_and_median(
     for i in range(-2, rounds):
         first = i % len(names)
         for name in names[first:] + names[:first]:
+            wait()
             begin = time.perf_counter()
             runs[name]()
+            wait()
             if i >= 0:
                 seconds[name].append(time.perf_counter() - begin)
     return {name: (1e3 * min(s), 1e3 * statistics.median(s)) for name, s in seconds.items()}
+
+
+def wait() -> None:
+    """Until the GPU is done, if it was given something to do."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def candidates(layer: nn.Conv2d, images: Tensor) -> dict[str, Callable[[], object]]:
     """What is compared, on images in the format that each likes."""
     last = images.contiguous(memory_format=torch.channels_last)
     in_last = copy.deepcopy(layer).to(memory_format=torch.channels_last)
-    geometry = layer.padding, layer.stride, layer.dilation
-    reordered = torch.ops.mkldnn._reorder_convolution_weight(
-        layer.weight.detach(), *geometry, 1, list(images.shape)
-    )
-    sparse = SparseForward(in_last)
-    return {
-        'contiguous': lambda: layer(images),
-        'channels last': lambda: in_last(last),
-        'reordered': lambda: torch.ops.mkldnn._convolution_pointwise(
+    sparse = fastest_sparse(in_last, last)
+    runs = {'contiguous': lambda: layer(images), 'channels last': lambda: in_last(last)}
+    if images.device.type == 'cpu':
+        geometry = layer.padding, layer.stride, layer.dilation
+        reordered = torch.ops.mkldnn._reorder_convolution_weight(
+            layer.weight.detach(), *geometry, 1, list(images.shape)
+        )
+        runs['reordered'] = lambda: torch.ops.mkldnn._convolution_pointwise(
             last, reordered, None, *geometry, 1, 'none', [], ''
-        ),
-        'sparse': lambda: sparse(last),
-    }
+        )
+    return {**runs, 'sparse': lambda: sparse(last)}
+
+
+def fastest_sparse(layer: nn.Conv2d, images: Tensor) -> SparseForward:
+    """The one way there is on a CPU, and on a GPU the fastest of some."""
+    ways = sparse_forwards(layer)
+    if len(ways) == 1:
+        return ways[0]
+    runs = {str(i): (lambda way=way: way(images)) for i, way in enumerate(ways)}
+    times = fastest_and_median(runs, 10)
+    return ways[int(min(times, key=lambda i: times[i][0]))]
 
 
 def row(label: str, times: Mapping[str, tuple[float, float]]) -> str:
-    dense = [min(times[name][i] for name in NAMES[:2]) for i in range(2)]
-    columns = [f'{low:.3f} / {median:.3f}' for low, median in (times[name] for name in NAMES)]
+    dense = [min(times[name][i] for name in DENSE) for i in range(2)]
+    columns = [f'{low:.3f} / {median:.3f}' for low, median in times.values()]
     gains = [f'{dense[i] / times["sparse"][i]:.2f}' for i in range(2)]
-    last = [f'{times["reordered"][0] / times["sparse"][0]:.2f}']
-    return f'| {" | ".join([label, *columns, *gains, *last])} |'
+    if 'reordered' in times:
+        gains.append(f'{times["reordered"][0] / times["sparse"][0]:.2f}')
+    return f'| {" | ".join([label, *columns, *gains])} |'
 
 
 def main() -> None:
@@ -100,22 +119,38 @@ def main() -> None:
     parser.add_argument('--batch-sizes', type=int, nargs='+', default=(1, 8))
     parser.add_argument('--threads', type=int, default=torch.get_num_threads())
     parser.add_argument('--rounds', type=int, default=30)
+    parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
+    parser.add_argument(
+        '--dtype', choices=('float32', 'float16', 'bfloat16'), default='float32', help='on a GPU'
+    )
     args = parser.parse_args()
+    on_cpu = args.device == 'cpu'
+    if on_cpu and args.dtype != 'float32':
+        parser.error('--dtype: on a CPU the executor computes in float32 only.')
+    if not on_cpu and not torch.cuda.is_available():
+        parser.error('--device: torch sees no CUDA device.')
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
-    print(f'{args.threads} threads, blocks {args.block}, {args.sparsity:.0%}, {args.spread} spread')
-    print('Milliseconds: fastest / median round.\n')
-    print('| layer | ' + ' | '.join(NAMES) + ' | speed-up, fastest | median | over reordered |')
-    print('|---|' + '---:|' * 7)
+    torch.set_default_device(args.device)
+    torch.set_default_dtype(getattr(torch, args.dtype))
+    where = f'{args.threads} threads' if on_cpu else torch.cuda.get_device_name()
+    print(
+        f'{where}, {args.dtype}, blocks {args.block}, {args.sparsity:.0%}, {args.spread} spread\n'
+        'Milliseconds: fastest / median round.\n'
+    )
+    names = [*DENSE, *['reordered'] * on_cpu, 'sparse']
+    gains = ['speed-up, fastest', 'median', *['over reordered'] * on_cpu]
+    print(f'| layer | {" | ".join([*names, *gains])} |')
+    print('|---|' + '---:|' * len([*names, *gains]))
     with torch.inference_mode():
         for batch in args.batch_sizes:
-            stack: dict[str, list[Callable[[], object]]] = {name: [] for name in NAMES}
+            stack: dict[str, list[Callable[[], object]]] = {name: [] for name in names}
             for channels, out, stride, size, count in LAYERS:
                 for i in range(count):
                     layer = nn.Conv2d(channels, out, 3, stride, 1, bias=False)
                     prune(layer.weight, args.block, args.sparsity, args.spread == 'uneven')
                     runs = candidates(layer, torch.rand(batch, channels, size, size))
-                    for name in NAMES:
+                    for name in names:
                         stack[name].append(runs[name])
                     if i == 0:
                         times = fastest_and_median(runs, args.rounds)
@@ -149,7 +184,7 @@ def network(args: argparse.Namespace, batch: int) -> None:
         'sparse': lambda: fast(images_last),
     }
     times = fastest_and_median(runs, args.rounds)
-    dense = [min(times[name][i] for name in NAMES[:2]) for i in range(2)]
+    dense = [min(times[name][i] for name in DENSE) for i in range(2)]
     sparse = sum(choice.backend == 'sparse' for choice in choices)
     difference = (model(images) - fast(images_last)).abs().max() / model(images).abs().max()
     print(

@@ -12,7 +12,7 @@ from torch import nn
 
 from mmsmart import install_masks, remove_masks
 from mmsmart.executor import KernelUnavailable, accelerate, choice, kernel, restore, table
-from mmsmart.executor.forward import SparseForward
+from mmsmart.executor.forward import SparseForward, sparse_forwards
 from mmsmart.executor.kernel import pack
 
 
@@ -41,6 +41,12 @@ def zero_blocks(weight, block, sparsity):
     mask = (torch.rand(grid) >= sparsity).float()
     mask = mask.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
     weight.data *= mask[:out, :channels]
+
+
+def only_forward(layer):
+    """The kernel for CPUs has one way to run a layer."""
+    (forward,) = sparse_forwards(layer)
+    return forward
 
 
 def exact(layer, images):
@@ -96,7 +102,7 @@ def test_convolutions_of_any_geometry_answer_as_dense(compiled, data):
     shape = [1 + d * (k - 1) + draw(0, 12) for k, d in zip(size, dilation)]
     images = torch.randn(draw(1, 3), layer.in_channels, *shape)
     with torch.inference_mode():
-        forward = SparseForward(layer)
+        forward = only_forward(layer)
         assert_as_dense(forward, images)
         assert_as_dense(forward, images.contiguous(memory_format=torch.channels_last))
         assert_as_dense(forward, images.transpose(2, 3).contiguous().transpose(2, 3))
@@ -109,7 +115,7 @@ def test_linear_layers_answer_as_dense(compiled, inputs, outputs, lead):
     layer = nn.Linear(inputs, outputs)
     zero_blocks(layer.weight, (16, 8), 0.6)
     with torch.inference_mode():
-        assert_as_dense(SparseForward(layer), torch.randn(*lead, inputs))
+        assert_as_dense(only_forward(layer), torch.randn(*lead, inputs))
 
 
 @pytest.mark.parametrize('threads', [1, 2, 3])
@@ -123,7 +129,7 @@ def test_threads_and_batches_do_not_change_the_answer(compiled, threads, batch):
         before = torch.get_num_threads()
         try:
             torch.set_num_threads(threads)
-            assert_as_dense(SparseForward(layer), images)
+            assert_as_dense(only_forward(layer), images)
         finally:
             torch.set_num_threads(before)
 
@@ -134,7 +140,7 @@ def test_the_memory_format_of_the_answer_is_that_of_dense(compiled, weight_forma
     layer = nn.Conv2d(8, 24, 3).to(memory_format=weight_format)
     images = torch.rand(2, 8, 9, 7).contiguous(memory_format=image_format)
     with torch.inference_mode():
-        forward = SparseForward(layer)
+        forward = only_forward(layer)
         assert forward(images).stride() == forward.dense(images).stride()
 
 
@@ -251,6 +257,7 @@ def test_changed_weights_are_never_answered_with_the_old_ones(compiled, net, mea
             marks=pytest.mark.filterwarnings('ignore:Using padding'),
         ),
         (nn.Conv2d(16, 16, 3).double(), 'float64'),
+        (nn.Conv2d(16, 16, 3).bfloat16(), 'takes torch.float32'),
         (type('WSConv', (nn.Conv2d,), {'forward': lambda self, x: x})(16, 16, 3), 'WSConv'),
     ],
 )
@@ -292,10 +299,11 @@ def test_hard_masks_are_skipped_whether_removed_or_not(compiled, measured):
 def test_without_a_compiler_all_stays_dense_with_a_message(net, monkeypatch):
     expected = net(IMAGES)
     monkeypatch.setenv('CXX', 'no-such-compiler')
-    monkeypatch.setattr(choice, 'compiled', kernel.compiled.__wrapped__)
+    monkeypatch.setattr(kernel, 'compiled', kernel.compiled.__wrapped__)
     with pytest.warns(UserWarning, match="'no-such-compiler' is not on the PATH"):
         choices = accelerate(net, IMAGES)
     assert {item.backend for item in choices} == {'dense'}
+    assert choices[0].reason == 'no kernel on this machine: no C++ compiler'
     assert torch.equal(net(IMAGES), expected)
 
 
@@ -328,5 +336,5 @@ def test_over_no_block_at_all_the_answer_is_the_bias(compiled):
     layer = nn.Conv2d(16, 20, 3)
     layer.weight.data.zero_()
     with torch.inference_mode():
-        output = SparseForward(layer)(torch.rand(1, 16, 5, 5))
+        output = only_forward(layer)(torch.rand(1, 16, 5, 5))
         assert torch.equal(output, layer.bias[:, None, None].expand_as(output))

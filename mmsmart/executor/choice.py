@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 import warnings
 from collections import Counter
@@ -12,11 +13,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .forward import SparseForward, reason_for_dense
-from .kernel import KernelUnavailable, compiled
+from .forward import KERNELS, SparseForward, reason_for_dense, sparse_forwards
+from .kernel import KernelUnavailable
 
 _LAYERS = (nn.Conv2d, nn.Linear)
-_TOLERANCE = 1e-4  # of the largest output
+# Of the largest output. Halves are rounded once more than what they are compared with.
+_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 _GAIN = 1.05  # a gain that noise can feign is none
 _WARMUP = 2
 
@@ -55,9 +57,11 @@ def accelerate(
     `forward` is replaced; its parameters, type and name stay, so `state_dict()` does too. The
     weights are packed once: change them, and their layers run dense until this is called again.
 
-    Sparse layers compute in float32 on the CPU and without gradients; all else falls back to dense
-    call by call. Times hold for the present `torch.get_num_threads()`, batch size and memory
-    format; channels last suits it best: call `model.to(memory_format=torch.channels_last)`.
+    Sparse layers compute in float32 on the CPU, through a C++ kernel, and in float32, float16 or
+    bfloat16 on CUDA devices, through one in Triton; and without gradients. All else falls back to
+    dense call by call. Times hold for this device, the present `torch.get_num_threads()`, batch
+    size and memory format; channels last suits it best: call
+    `model.to(memory_format=torch.channels_last)`.
 
     Args:
         model: A model in evaluation mode. Changed in place; :func:`restore` undoes it.
@@ -91,14 +95,9 @@ def accelerate(
     with torch.inference_mode():
         calls = _calls(model, example_inputs, layers)
         forwards = {
-            name: SparseForward(layer) for name, layer in layers.items() if reasons[name] is None
+            name: sparse_forwards(layer) for name, layer in layers.items() if reasons[name] is None
         }
-        if any(forward.packed.density < 1 for forward in forwards.values()):
-            try:
-                compiled()
-            except KernelUnavailable as error:
-                warnings.warn(f'mmsmart.executor: all layers stay dense: {error}', stacklevel=2)
-                reasons = {name: reasons[name] or 'no kernel on this machine' for name in layers}
+        reasons |= _without_kernel(forwards)
         return [
             Choice(name, 'dense', reasons[name])
             if reasons[name]
@@ -167,39 +166,95 @@ def _calls(model: nn.Module, inputs: Any, layers: dict[str, nn.Module]) -> dict[
     return calls
 
 
-def _choose(name: str, forward: SparseForward, calls: _Calls, rounds: int) -> Choice:
-    """Measure one layer, and replace its forward if that pays."""
-    density = forward.packed.density
+def _without_kernel(forwards: dict[str, list[SparseForward]]) -> dict[str, str]:
+    """Why layers stay dense whose device has no kernel, with a warning for each such device."""
+    reasons: dict[str, str] = {}
+    for device, kernel in KERNELS.items():
+        names = [n for n, own in forwards.items() if own[0].layer.weight.device.type == device]
+        if all(_density(forwards[name]) == 1 for name in names):
+            continue
+        try:
+            kernel.compiled()
+        except KernelUnavailable as error:
+            warnings.warn(
+                f'mmsmart.executor: all layers on {device} stay dense: {error}', stacklevel=3
+            )
+            reasons |= dict.fromkeys(names, _no_kernel(error))
+    return reasons
+
+
+def _density(forwards: list[SparseForward]) -> float:
+    """That of the finest packing: 1 if no block is zero."""
+    return min(forward.packed.density for forward in forwards)
+
+
+def _no_kernel(error: KernelUnavailable) -> str:
+    """What is missing, short enough for a row of the table."""
+    return f'no kernel on this machine: {str(error).splitlines()[0].split(":")[0]}'
+
+
+def _choose(name: str, forwards: list[SparseForward], calls: _Calls, rounds: int) -> Choice:
+    """Measure one layer, and replace its forward by the fastest of these if that pays."""
+    layer, density = forwards[0].layer, _density(forwards)
     if density == 1:
         return Choice(name, 'dense', 'no block of the weight is zero', density)
     if not calls:
         return Choice(name, 'dense', 'the example inputs do not reach it', density)
-    dense = sparse = 0.0
+    dense, sparse = 0.0, dict.fromkeys(forwards, 0.0)
     for (shape, channels_last), count in calls.items():
-        images = torch.rand(shape)
+        images = torch.rand(shape, dtype=layer.weight.dtype, device=layer.weight.device)
         if channels_last and images.ndim == 4:
             images = images.contiguous(memory_format=torch.channels_last)
+        wrong = {forward: reason for forward in sparse if (reason := _fault(forward, images))}
+        sparse = {forward: taken for forward, taken in sparse.items() if forward not in wrong}
+        if not sparse:
+            return Choice(name, 'dense', next(iter(wrong.values())), density)
+        times = _milliseconds([forwards[0].dense, *sparse], images, rounds)
+        dense += count * times[0]
+        sparse = {f: taken + count * own for (f, taken), own in zip(sparse.items(), times[1:])}
+    fastest = min(sparse, key=sparse.__getitem__)
+    density, taken = fastest.packed.density, sparse[fastest]
+    if dense < _GAIN * taken:
+        return Choice(name, 'dense', 'sparse is not faster', density, dense, taken)
+    layer.forward = fastest
+    return Choice(name, 'sparse', 'faster', density, dense, taken)
+
+
+def _fault(forward: SparseForward, images: Tensor) -> str | None:
+    """Why the layer can not run this way: the kernel fails, or its outputs are others."""
+    if images.is_cuda:
+        # Torch may round float32 to TF32 there, which is no reference.
+        layer = copy.deepcopy(forward.layer).double()
+        expected = type(layer).forward(layer, images.double())
+    else:
         expected = forward.dense(images)
+    try:
         error = float((forward(images) - expected).abs().max())
-        if not error <= _TOLERANCE * float(expected.abs().max()):
-            return Choice(name, 'dense', f'the outputs would differ by {error:.1e}', density)
-        times = _milliseconds([forward.dense, forward], images, rounds)
-        dense, sparse = dense + count * times[0], sparse + count * times[1]
-    if dense < _GAIN * sparse:
-        return Choice(name, 'dense', 'sparse is not faster', density, dense, sparse)
-    forward.layer.forward = forward
-    return Choice(name, 'sparse', 'faster', density, dense, sparse)
+    except KernelUnavailable as failure:
+        return _no_kernel(failure)
+    within = _TOLERANCE[images.dtype] * float(expected.abs().max())
+    return None if error <= within else f'the outputs would differ by {error:.1e}'
 
 
 def _milliseconds(
     candidates: Sequence[Callable[[Tensor], Tensor]], images: Tensor, rounds: int
 ) -> list[float]:
-    """Fastest time of each, in turn: slower rounds tell what else the machine did meanwhile."""
+    """Fastest time of each, in turn: slower rounds tell what else the machine did meanwhile.
+
+    Those of a GPU begin and end with nothing left for it to do, launching included.
+    """
     seconds: list[list[float]] = [[] for _ in candidates]
     for i in range(-_WARMUP, rounds):
         for candidate, own in zip(candidates, seconds):
+            _wait_for(images.device)
             begin = time.perf_counter()
             candidate(images)
+            _wait_for(images.device)
             if i >= 0:
                 own.append(time.perf_counter() - begin)
     return [1000 * min(own) for own in seconds]
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)

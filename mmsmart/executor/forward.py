@@ -9,7 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from .kernel import PackedWeight, compiled, pack
+from . import gpu, kernel
+
+KERNELS = {'cpu': kernel, 'cuda': gpu}  # by the device of a weight
+_DTYPES = {
+    'cpu': (torch.float32,),
+    'cuda': (torch.float32, torch.float16, torch.bfloat16),
+}
 
 
 def reason_for_dense(layer: nn.Module) -> str | None:
@@ -19,8 +25,11 @@ def reason_for_dense(layer: nn.Module) -> str | None:
         return 'the weight is computed from other parameters (a parametrization)'
     if type(layer).forward not in (nn.Conv2d.forward, nn.Linear.forward):
         return f'{type(layer).__name__} has a forward of its own'
-    if weight.device.type != 'cpu' or weight.dtype != torch.float32:
-        return f'the weight is {weight.dtype} on {weight.device}, not float32 on the CPU'
+    if weight.device.type not in KERNELS:
+        return f'the weight is on {weight.device}, not on the CPU or a CUDA device'
+    if weight.dtype not in _DTYPES[weight.device.type]:
+        allowed = ', '.join(str(dtype) for dtype in _DTYPES[weight.device.type])
+        return f'the weight is {weight.dtype} on {weight.device}, where the kernel takes {allowed}'
     if getattr(layer, 'groups', 1) != 1:
         return f'the convolution has {layer.groups} groups'
     if getattr(layer, 'padding_mode', 'zeros') != 'zeros':
@@ -42,6 +51,13 @@ def _padding(layer: nn.Conv2d) -> list[int] | None:
     return list(layer.padding)
 
 
+def sparse_forwards(layer: nn.Conv2d | nn.Linear) -> list[SparseForward]:
+    """All ways to run a layer over its kept blocks, among which measuring decides."""
+    weight = layer.weight if isinstance(layer, nn.Conv2d) else layer.weight[:, :, None, None]
+    packings = KERNELS[weight.device.type].packings(weight, layer.bias)
+    return [SparseForward(layer, packed) for packed in packings]
+
+
 class SparseForward:
     """Takes the place of a layer's `forward`; the layer keeps its weight, its type and its name.
 
@@ -50,19 +66,19 @@ class SparseForward:
 
     Args:
         layer: Convolution or linear layer without a :func:`reason_for_dense`.
+        packed: Its weight and bias, packed for the kernel of their device.
     """
 
-    def __init__(self, layer: nn.Conv2d | nn.Linear) -> None:
-        self.layer = layer
+    def __init__(
+        self, layer: nn.Conv2d | nn.Linear, packed: kernel.PackedWeight | gpu.PackedRows
+    ) -> None:
+        self.layer, self.packed = layer, packed
         self.stamp = self._stamp()
-        weight = layer.weight
+        self.geometry = [[1, 1], [1, 1], [0, 0], [1, 1]]
         if isinstance(layer, nn.Conv2d):
             self.geometry = [
                 list(layer.kernel_size), list(layer.stride), _padding(layer), list(layer.dilation),
             ]  # fmt: skip
-        else:
-            weight, self.geometry = weight[:, :, None, None], [[1, 1], [1, 1], [0, 0], [1, 1]]
-        self.packed: PackedWeight = pack(weight, layer.bias)
 
     def __call__(self, input: Tensor) -> Tensor:
         if not self._covers(input):
@@ -81,24 +97,22 @@ class SparseForward:
         return type(self.layer).forward(self.layer, input)
 
     def _run(self, input: Tensor, channels_last: bool) -> Tensor:
-        packed = self.packed
-        return compiled()(
-            input, packed.units, packed.positions, packed.ends, packed.bias, packed.shape[0],
-            *self.geometry, channels_last,
-        )  # fmt: skip
+        return self.packed.convolve(input, *self.geometry, channels_last=channels_last)
 
     def _covers(self, input: Tensor) -> bool:
         if torch.jit.is_tracing() or torch.compiler.is_compiling():
             return False
         convolution = isinstance(self.layer, nn.Conv2d)
         fits = (
-            input.dtype == torch.float32
-            and input.device.type == 'cpu'
+            input.dtype == self.layer.weight.dtype
+            and input.device == self.layer.weight.device
             and input.numel() > 0
             and (input.ndim == 4 if convolution else input.ndim > 0)
             and input.shape[1 if convolution else -1] == self.packed.shape[1]
         )
         if not fits or (torch.is_grad_enabled() and self._wants_gradient(input)):
+            return False
+        if input.is_cuda and torch.is_autocast_enabled():
             return False
         if self._stamp() != self.stamp:
             warnings.warn(

@@ -1,4 +1,4 @@
-"""The kernel of kernel.cpp: how a weight is packed for it, and how it is compiled."""
+"""The kernel for CPUs, kernel.cpp: how a weight is packed for it, and how it is compiled."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _FLAGS = {
 
 
 class KernelUnavailable(RuntimeError):
-    """The kernel can not be compiled on this machine; the message says what is missing."""
+    """No kernel runs on this machine; the message says what is missing."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,13 @@ class PackedWeight:
     shape: tuple[int, ...]
     density: float
 
+    def convolve(self, input: Tensor, *geometry: list[int], channels_last: bool) -> Tensor:
+        """Convolve a batch `(N, in, H, W)`; geometry: kernel, stride, padding and dilation."""
+        return compiled()(
+            input, self.units, self.positions, self.ends, self.bias, self.shape[0], *geometry,
+            channels_last,
+        )  # fmt: skip
+
 
 def pack(weight: Tensor, bias: Tensor | None = None) -> PackedWeight:
     """Keep the units of a weight that are not all zero: 16 output channels by 8 input channels.
@@ -70,23 +77,43 @@ def pack(weight: Tensor, bias: Tensor | None = None) -> PackedWeight:
     return fine if fine.density < _FINER_PAYS_BELOW * coarse.density else coarse
 
 
-def _packed(weight: Tensor, bias: Tensor | None, unit: int) -> PackedWeight:
+def packings(weight: Tensor, bias: Tensor | None = None) -> list[PackedWeight]:
+    """The ways to compute with a weight among which measuring decides: for CPUs the one."""
+    return [pack(weight, bias)]
+
+
+def kept_units(weight: Tensor, lanes: int, unit: int) -> tuple[Tensor, Tensor, Tensor, float]:
+    """What is left of a weight, as units of `unit` input channels by `lanes` output channels.
+
+    Args:
+        weight: `(out, in, kh, kw)`, filled up with zeros to whole units.
+        lanes: Output channels of a row of blocks.
+        unit: Input channels of a unit.
+
+    Returns:
+        The units `(K, unit, lanes)` with a weight that is not zero, row by row; their places
+        `(K, 3)`: which of the input channels' units, row and column in the kernel; how many each
+        row of blocks has; and the share of all units that they are.
+    """
     out, channels, *kernel = weight.shape
-    rows, columns = -(-out // _LANES), -(-channels // unit)
-    whole = weight.new_zeros(rows * _LANES, columns * unit, *kernel)
+    rows, columns = -(-out // lanes), -(-channels // unit)
+    whole = weight.new_zeros(rows * lanes, columns * unit, *kernel)
     whole[:out, :channels] = weight.detach()
-    units = whole.view(rows, _LANES, columns, unit, *kernel).permute(0, 2, 4, 5, 3, 1)
+    units = whole.view(rows, lanes, columns, unit, *kernel).permute(0, 2, 4, 5, 3, 1)
     left = (units != 0).flatten(4).any(-1)
-    positions = (left.nonzero()[:, 1:] * torch.tensor([unit, 1, 1])).contiguous()
-    ends = torch.zeros(rows + 1, dtype=torch.int64)
-    ends[1:] = left.flatten(1).sum(1).cumsum(0)
-    filled = weight.new_zeros(rows * _LANES)
-    if bias is not None:
-        filled[:out] = bias.detach()
     density = int(left.sum()) / left.numel()
-    return PackedWeight(
-        units[left].contiguous(), positions, ends, filled, tuple(weight.shape), density
-    )
+    return units[left].contiguous(), left.nonzero()[:, 1:], left.flatten(1).sum(1), density
+
+
+def _packed(weight: Tensor, bias: Tensor | None, unit: int) -> PackedWeight:
+    units, places, counts, density = kept_units(weight, _LANES, unit)
+    positions = (places * torch.tensor([unit, 1, 1])).contiguous()
+    ends = torch.zeros(len(counts) + 1, dtype=torch.int64)
+    ends[1:] = counts.cumsum(0)
+    filled = weight.new_zeros(len(counts) * _LANES)
+    if bias is not None:
+        filled[: len(bias)] = bias.detach()
+    return PackedWeight(units, positions, ends, filled, tuple(weight.shape), density)
 
 
 @cache
