@@ -370,11 +370,28 @@ def test_state_of_another_method_is_refused():
         ('sequential_attention', 'steepness', 'steep'),
         ('smart', 'tied', 1),
         ('smart', 'curvature', -0.5),
+        ('smart', 'scope', 'block'),
     ],
 )
 def test_a_setting_out_of_range_is_refused_by_its_key(name, setting, value):
     with pytest.raises(ValueError, match=rf'smart\.method_cfg\.{setting}: got {value!r}'):
         METHODS[name](**{setting: value})
+
+
+def test_smart_by_layers_meets_the_budget_in_each():
+    search = Search(METHODS['smart'](scope='layer'))
+    masks = search.masks
+    for mask in search.run():
+        for part, layer in zip(mask.split(masks.plan.layer_sizes), masks.layers):
+            kept = float((part * layer.sizes()).sum()) / layer.weight.numel()
+            assert kept == pytest.approx(0.25, rel=1e-5)
+    kept = masks.hard_mask().split(masks.plan.layer_sizes)
+    assert all(abs(float(part.mean()) - 0.25) <= 1 / len(part) for part in kept)
+
+
+def test_smart_by_layers_refuses_what_has_no_layers_of_its_own():
+    with pytest.raises(ValueError, match=r"smart\.method_cfg\.scope: 'layer'"):
+        Search(METHODS['smart'](scope='layer'), sparsity={'0': 0.5, '2': 0.5})
 
 
 def recorded(method):

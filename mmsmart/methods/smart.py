@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from mmsmart.importance import gradient, live_magnitude
-from mmsmart.methods.method import Method, expect, magnitudes
-from mmsmart.plans import Plan
+from mmsmart.methods.method import SCOPES, Method, expect, magnitudes, within_layers
+from mmsmart.plans import BlockPlan, JointPlan, Plan
 
 
 # Steps that the running mean of the squared gradients looks back on.
@@ -36,11 +36,14 @@ class Smart(Method):
     Args:
         curvature: Standard deviation over the network of what curvature gives the importance, as
             `smart.importance.curvature` has it; 0 leaves all to the optimiser, as in the paper.
+        scope: 'network' for one top-k over all layers; 'layer', for ablations, for one in each, which
+            removes the same share of all.
         tied: For ablations: the importance is no parameter of its own but the magnitude of its
             block, and its gradient moves the weights. There is no curvature then.
     """
 
     curvature: float = 0.0
+    scope: str = 'network'
     tied: bool = False
     temperature: float | None = field(default=None, init=False)
     thresholds: Tensor | list[Tensor] | None = field(default=None, init=False)
@@ -50,20 +53,31 @@ class Smart(Method):
     def __post_init__(self) -> None:
         holds = isinstance(self.curvature, (int, float)) and 0 <= self.curvature < math.inf
         expect(self, 'curvature', holds and self.curvature is not True, 'a number, 0 or more')
+        expect(self, 'scope', self.scope in SCOPES, f'one of {SCOPES}')
         expect(self, 'tied', isinstance(self.tied, bool), 'True or False')
+        self._by_layer: JointPlan | None = None
         self.learns = not self.tied
         self.init = 'magnitude' if self.tied else None
 
+    def ranking(self, plan: Plan, importance: Tensor) -> Tensor:
+        return within_layers(plan, importance) if self.scope == 'layer' else importance
+
     def begin(self, plan: Plan, importance: nn.Parameter, temperature: float | None) -> None:
+        if self.scope == 'layer' and not isinstance(plan, BlockPlan):
+            raise ValueError(
+                "smart.method_cfg.scope: 'layer' is for blocks under one sparsity; for parts of the "
+                'network, coupled channels and N of M leave it out.'
+            )
         if self.curvature and not self.tied:
             self.squares = torch.zeros_like(importance.data)
         self._solve(plan, importance, temperature)
 
     def mask(self, plan: Plan, importance: Tensor) -> Tensor:
-        return plan.soft_mask(importance, self.thresholds, self.temperature)
+        return self._topks(plan).soft_mask(importance, self.thresholds, self.temperature)
 
     def backward(self, plan: Plan, importance: nn.Parameter, grad_mask: Tensor) -> None:
-        grad = plan.pull_back(importance.detach(), self.thresholds, self.temperature, grad_mask)
+        known = importance.detach(), self.thresholds, self.temperature
+        grad = self._topks(plan).pull_back(*known, grad_mask)
         if self.tied:
             with torch.enable_grad():
                 plan.first(live_magnitude(plan.layers)).backward(grad)
@@ -88,10 +102,19 @@ class Smart(Method):
         self._solve(plan, importance, self.temperature if temperature is None else temperature)
 
     def finish(self, plan: Plan, importance: nn.Parameter) -> None:
-        self.temperature = self.thresholds = self.squares = None
+        self.temperature = self.thresholds = self.squares = self._by_layer = None
 
     def _solve(self, plan: Plan, importance: Tensor, temperature: float | None) -> None:
         if temperature is None:
             raise ValueError('temperature: SMART needs one above 0 for its first mask, got None.')
-        self.thresholds = plan.thresholds(importance.detach(), temperature, self.thresholds)
+        topks = self._topks(plan)
+        self.thresholds = topks.thresholds(importance.detach(), temperature, self.thresholds)
         self.temperature = temperature
+
+    def _topks(self, plan: Plan) -> Plan:
+        """What is solved for: the plan, or one for each of its layers."""
+        if self.scope == 'network':
+            return plan
+        if self._by_layer is None:
+            self._by_layer = JointPlan(plan.by_layer())
+        return self._by_layer

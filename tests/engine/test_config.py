@@ -89,7 +89,7 @@ WRONG = {
     ),
     'setting of another method': (
         dict(method_cfg=dict(interval=3)),
-        ['smart.method_cfg', "'interval'", "['curvature', 'tied']"],
+        ['smart.method_cfg', "'interval'", "['curvature', 'scope', 'tied']"],
     ),
     'odd number of phases': (
         dict(method='acdc', method_cfg=dict(phases=3)),
