@@ -4,9 +4,9 @@
     python benchmarks/step_memory.py --model resnet18 --batch 4 --size 64 --block 1 1 1 1
 
 The options are those of training_step.py. On a CPU every tensor that torch's profiler sees made and
-freed is counted, on a GPU it is `torch.cuda.max_memory_allocated`: most bytes alive at a time in
-the second and third step. The last column is what the search holds beside the masked weights, by
-block.
+freed is counted, on a GPU what `torch.cuda` says: most bytes alive at a time in the second and
+third step, and those alive after it, between steps. The last columns are what the search takes
+beside the masked weights, by block.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from training_step import parser_of, stepper, task
 
 from mmsmart.blocks import find_layers
 
-TITLES = ('step', 'peak MB', 'above dense', 'masked weights', 'bytes a block beside these')
+TITLES = ('step', 'peak MB', 'between steps', 'masked weights')
+BY_BLOCK = ('bytes a block at the peak', 'between steps')
 
 
-def peak_memory(stage: str, args: argparse.Namespace) -> int:
-    """Most bytes alive at a time."""
+def memory(stage: str, args: argparse.Namespace) -> tuple[int, int]:
+    """Most bytes alive at a time, and those alive between steps."""
     torch.manual_seed(0)
     on_gpu = args.device != 'cpu'
     recording = profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True)
@@ -40,14 +41,14 @@ def peak_memory(stage: str, args: argparse.Namespace) -> int:
         for _ in range(2):
             step()
     if on_gpu:
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == '[memory]']
     alive = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         alive += event.nbytes()
         if event.start_ns() >= begin:
             peak = max(peak, alive)
-    return peak
+    return peak, alive
 
 
 def main() -> None:
@@ -59,13 +60,13 @@ def main() -> None:
         title=f'{args.model}, {args.batch} x {args.size}² on {args.device}, {blocks:,} blocks of '
         f'{"x".join(map(str, args.block))}'
     )
-    for title in TITLES:
+    for title in (*TITLES, *BY_BLOCK):
         table.add_column(title, justify='left' if title == 'step' else 'right')
-    peaks = {stage: peak_memory(stage, args) for stage in ('dense', 'search', 'finetune')}
-    for stage, peak in peaks.items():
-        above = peak - peaks['dense']
-        beside = f'{(above - masked) / blocks:.1f}' if stage == 'search' else ''
-        table.add_row(stage, *(f'{x / 1e6:.2f}' for x in (peak, above, masked)), beside)
+    taken = {stage: memory(stage, args) for stage in ('dense', 'search', 'finetune')}
+    for stage, both in taken.items():
+        beside = [(x - dense - masked) / blocks for x, dense in zip(both, taken['dense'])]
+        by_block = [f'{x:.1f}' for x in beside] if stage == 'search' else []
+        table.add_row(stage, *(f'{x / 1e6:.2f}' for x in (*both, masked)), *by_block)
     Console(width=120).print(table)
 
 

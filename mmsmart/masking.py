@@ -27,6 +27,7 @@ from contextlib import contextmanager
 from dataclasses import astuple
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -63,7 +64,7 @@ class BlockMasks:
         self.positions: dict[str, int] | None = None
         self.latency: LatencyTable | None = None
         self._latent: list[Tensor] = []  # soft only: w, while the parameters hold w * f
-        self._first: Tensor | None = None  # hard mask of the first importance
+        self._first: np.ndarray | None = None  # hard mask of the first importance, in bits
         self._kept: Tensor | None = None  # hard only: the mask, bool
         # Hard only: every parameter with pruned weights, its key, and where it is pruned.
         self._pruned: list[tuple[str, nn.Parameter, Tensor]] = []
@@ -147,7 +148,7 @@ class BlockMasks:
         self.importance.data = importance.detach().to(self._device, torch.float32).clone()
         if not self.method.one_shot:
             self.method.begin(self.plan, self.importance, temperature)
-        self._first = self.hard_mask().bool()
+        self._first = _bits(self.hard_mask().bool())
         self._latent = self._exchange([torch.empty_like(w) for w in self.plan.weights])
         self.state = 'soft'
         if self.method.one_shot:
@@ -172,6 +173,7 @@ class BlockMasks:
             grad_mask = self.plan.unmask(self._latent, grads, self.mask())
             masked = self._exchange(self._latent)
             self.method.backward(self.plan, self.importance, grad_mask)
+            del grads, grad_mask  # the optimisers need the memory
             try:
                 yield
             finally:
@@ -276,7 +278,8 @@ class BlockMasks:
         """Share of blocks that are on the other side of the budget than at the search's start."""
         if self._first is None:
             return 0.0
-        return float((self.hard_mask().bool() != self._first).float().mean())
+        moved = np.unpackbits(_bits(self.hard_mask().bool()) ^ self._first)
+        return int(moved.sum()) / self.num_blocks
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a later process needs to go on bit for bit; tensors, numbers, names only."""
@@ -289,7 +292,7 @@ class BlockMasks:
             'method_state': self.method.state_dict(),
             'mask': self.mask() if self.state == 'soft' else None,
             'latent': [weight.clone() for weight in self._latent],
-            'first': self._first,
+            'first': None if self._first is None else _flags(self._first, self.num_blocks),
             'kept': self._kept,
         }
 
@@ -316,7 +319,8 @@ class BlockMasks:
             return None if tensor is None else tensor.to(self._device, copy=True)
 
         self.importance.data = here(state['importance'])
-        self.state, self._first = state['state'], here(state['first'])
+        self.state, first = state['state'], state['first']
+        self._first = None if first is None else _bits(first)
         self.method.load_state_dict(state['method_state'], self._device)
         if self.state == 'soft':
             self._latent = [here(latent) for latent in state['latent']]
@@ -353,6 +357,16 @@ class BlockMasks:
     def _expect(self, state: str, action: str) -> None:
         if self.state != state:
             raise RuntimeError(f'cannot {action}: the masks are {self.state}, not {state}.')
+
+
+def _bits(flags: Tensor) -> np.ndarray:
+    """Flags, bool `(n,)`, eight a byte."""
+    return np.packbits(flags.cpu().numpy())
+
+
+def _flags(bits: np.ndarray, n: int) -> Tensor:
+    """The reverse of :func:`_bits`."""
+    return torch.from_numpy(np.unpackbits(bits, count=n)).bool()
 
 
 def _first_difference(theirs: Any, mine: Any) -> str:

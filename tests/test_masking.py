@@ -1,6 +1,7 @@
 """Tests of mmsmart.masking against plain autograd through explicitly masked weights."""
 
 import copy
+import gc
 import itertools
 import math
 import pickle
@@ -18,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mmsmart import install_masks, masks_of, remove_masks
 from mmsmart.functional import soft_topk
+from mmsmart.methods import Smart
 
 BLOCK = (2, 4, 1, 1)
 few = settings(max_examples=30)
@@ -365,6 +367,33 @@ def test_a_search_equals_training_with_explicitly_masked_weights(weights):
     for name, latent in latents(masks).items():
         theirs = reference.latent[f'{name}.weight'].detach()
         torch.testing.assert_close(latent, theirs, rtol=0, atol=1e-5)
+
+
+def bytes_alive():
+    """Bytes of all tensors that Python knows, views of one memory counted once."""
+    gc.collect()
+    tensors = (x for x in gc.get_objects() if type(x) in (torch.Tensor, nn.Parameter))
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+@pytest.mark.parametrize(('curvature', 'expected'), [(0.0, 12), (1.0, 16)])
+def test_the_search_holds_few_bytes_a_block_beside_the_masked_weights(curvature, expected):
+    """Between steps: the importance, Adam's two moments, and the squares of the curvature."""
+    model = nn.Sequential(nn.Linear(64, 48), nn.Linear(48, 33))
+    before = bytes_alive()
+    masks = install_masks(model, 0.6, (1, 1), method=Smart(curvature=curvature))
+    masks.begin(first_importance(masks), 1.0)
+    optimizer = torch.optim.Adam([masks.importance])
+    for _ in range(2):
+        model(torch.ones(2, 64)).square().mean().backward()
+        with masks.latent_weights():
+            optimizer.step()
+        model.zero_grad()
+        optimizer.zero_grad()
+    weights = sum(layer.weight.nbytes for layer in masks.layers)
+    beside = bytes_alive() - before - weights
+    assert expected <= beside / masks.num_blocks < expected + 0.1
 
 
 def test_the_importance_that_was_given_is_not_touched():

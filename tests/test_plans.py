@@ -9,9 +9,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mmsmart import install_masks
+from mmsmart.blocks import find_layers
+from mmsmart.budget import Target
 from mmsmart.cost import count_positions
 from mmsmart.importance import magnitude
 from mmsmart.latency import read_table
+from mmsmart.plans import BlockPlan
 
 few = settings(max_examples=60)
 
@@ -424,10 +427,17 @@ def test_gradients_of_masked_weights_become_those_of_weights_and_masks(block, wi
     torch.testing.assert_close(grad_mask, leaf.grad.float(), rtol=1e-5, atol=1e-5)
 
 
-def test_weights_of_blocks_are_held_once():
-    plan = install_masks(net(), 0.5, (2, 3, 1, 1)).plan
-    plan.follow(torch.device('cpu'))
-    assert plan.floors.sizes.data_ptr() == plan.budgets[0].cost.cost.data_ptr()
+def test_sizes_and_costs_take_a_number_a_layer_not_one_a_block():
+    model = nn.Sequential(nn.Linear(64, 48), nn.Linear(48, 33))
+    positions = {'0': 1, '1': 9}
+    for block, runs in (((1, 1), 2), ((4, 8), 3)):  # blocks of 4 rows leave one of 33
+        layers, _ = find_layers(model, block)
+        for resource in ('params', 'macs'):
+            plan = BlockPlan(layers, [Target('', resource, 0.5)], positions)
+            plan.follow(torch.device('cpu'))
+            held = (plan.floors.sizes, plan.budgets[0].cost.cost)
+            assert all(len(vector) == plan.num_blocks for vector in held)
+            assert all(len(vector.values) <= runs for vector in held)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU: torch sees none')

@@ -13,6 +13,7 @@ from .blocks import (
 )
 from .costs import BlockCost, Cost, CurveCost, Curves, LinearCost
 from .coupled import CoupledCost, coupled_topk
+from .curvature import blend_log_squares
 from .floors import Floors
 from .limits import (
     Limit,
@@ -23,6 +24,7 @@ from .limits import (
     tightest,
 )
 from .n_of_m import rows_mask, rows_topk, rows_vjp, solve_row_thresholds
+from .runs import Runs
 from .temperature import TemperatureSchedule, temperature_at
 from .threshold import solve_threshold
 from .topk import hard_topk, soft_mask, soft_topk, soft_topk_vjp
@@ -36,7 +38,9 @@ __all__ = [
     'Floors',
     'Limit',
     'LinearCost',
+    'Runs',
     'TemperatureSchedule',
+    'blend_log_squares',
     'block_dot',
     'block_expand',
     'block_grid',

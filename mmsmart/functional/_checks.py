@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from .runs import Runs
+
 # A budget within this share of the total outside [0, total] counts as rounding and is clamped.
 BUDGET_SLACK = 1e-6
 
@@ -42,8 +44,8 @@ def check_temperature(temperature: float) -> None:
         )
 
 
-def flat_cost(cost: Tensor | None, importance: Tensor) -> Tensor | None:
-    """Return the costs as a float64 vector, or None where every block costs 1.
+def flat_cost(cost: Tensor | Runs | None, importance: Tensor) -> Tensor | Runs | None:
+    """Return the costs as a float64 vector, by runs if so given, or None where all cost 1.
 
     Raises:
         ValueError: cost differs from importance in shape or device, or some cost is not a positive
@@ -65,9 +67,10 @@ def flat_cost(cost: Tensor | None, importance: Tensor) -> Tensor | None:
             f'  importance: {importance.device}\n'
             f'Move one with .to(...)'
         )
-    flat = cost.detach().reshape(-1).to(torch.float64)
-    if on_host(flat):
-        low, high = (bound.item() for bound in torch.aminmax(flat))
+    flat = cost if isinstance(cost, Runs) else cost.detach().reshape(-1).to(torch.float64)
+    seen = cost.values if isinstance(cost, Runs) else flat
+    if on_host(seen):
+        low, high = seen.amin().item(), seen.amax().item()
         if not 0 < low <= high < math.inf:
             raise ValueError(
                 f'cost ranges over [{low}, {high}]; every cost must be > 0 and finite. '

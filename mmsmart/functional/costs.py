@@ -14,6 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .runs import Runs
+
 
 class Cost(Protocol):
     """What a threshold is solved for."""
@@ -37,23 +39,31 @@ class LinearCost:
     """Every block has a cost of its own: Σ c_i f_i.
 
     Args:
-        cost: c > 0, float64 `(num_blocks,)`.
+        cost: c > 0, `(num_blocks,)`; held by runs of equal ones, in float64.
 
     Example:
         >>> LinearCost(torch.tensor([4.0, 2.0, 1.0]).double()).of(torch.tensor([1.0, 0.0, 1.0]))
         5.0
     """
 
-    cost: Tensor
+    cost: Runs | Tensor
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, 'cost', Runs.of(self.cost))
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether sums of it are exact in float64, in any order."""
+        return bool((self.cost.values == self.cost.values.round()).all())
 
     def of(self, mask: Tensor) -> float:
-        return float((self.cost * mask).sum())
+        return float(self.cost.dot(mask))
 
     def marginal(self, mask: Tensor) -> Tensor:
-        return self.cost
+        return self.cost.dense()
 
     def increments(self, mask: Tensor) -> Tensor:
-        return self.cost
+        return self.cost.dense()
 
     def to(self, device: torch.device) -> LinearCost:
         return LinearCost(self.cost.to(device))

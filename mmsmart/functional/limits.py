@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .costs import Cost, LinearCost
 from .floors import Floors
+from .runs import Runs
 from .threshold import solve_threshold
 from .topk import hard_topk, soft_mask, soft_topk_vjp
 
@@ -87,9 +88,10 @@ def solve_limits(
         if not bool(short.any()):
             break
         pinned |= short
-        for layer, part in _parts(floors, short):
+        for layer in short.nonzero().flatten().tolist():
+            part, sizes = floors.by_layer[layer]
             by_layer[layer] = solve_threshold(
-                importance[part], floors.least[layer], temperature, floors.sizes[part]
+                importance[part], floors.least[layer], temperature, sizes
             )
         held = soft_mask(importance, floors.by_block(by_layer), temperature)
         free = floors.by_block(~pinned)
@@ -114,7 +116,7 @@ def limits_vjp(
     thresholds: Tensor,
     temperature: float,
     grad_mask: Tensor,
-    price: Tensor,
+    price: Tensor | Runs,
     floors: Floors | None = None,
 ) -> Tensor:
     """Turn ∂L/∂f into ∂L/∂m, the thresholds moving with m so that limits and floors stay met.
@@ -145,14 +147,10 @@ def limits_vjp(
         v = f * (1 - f)
         spent = float(c @ v)
         worth = float(v @ g) / spent if spent > 0 else 0.0
-    for layer, part in _parts(floors, pinned):
-        grad[part] = soft_topk_vjp(
-            importance[part],
-            by_layer[layer],
-            temperature,
-            grad_mask[part] - worth * price[part],
-            floors.sizes[part],
-        )
+    for layer in pinned.nonzero().flatten().tolist():
+        part, sizes = floors.by_layer[layer]
+        net = grad_mask[part] - worth * price[part]
+        grad[part] = soft_topk_vjp(importance[part], by_layer[layer], temperature, net, sizes)
     return grad
 
 
@@ -187,7 +185,7 @@ def limited_topk(
                 f'{limit.budget:g}. Lower the floors or the sparsity.'
             )
     (first, *others), rest = limits, ~forced
-    if not others and _is_whole(first.cost):
+    if not others and isinstance(first.cost, LinearCost) and first.cost.is_whole:
         if bool(rest.any()):
             left = first.budget - first.cost.of(mask)
             mask[rest] = hard_topk(importance[rest], left, first.cost.cost[rest])
@@ -213,11 +211,6 @@ def tightest(limits: Sequence[Limit], mask: Tensor) -> Limit:
     return max(limits, key=lambda limit: limit.cost.of(mask) / max(limit.budget, 1e-300))
 
 
-def _is_whole(cost: Cost) -> bool:
-    """Whether sums of it are exact in float64, in any order."""
-    return isinstance(cost, LinearCost) and bool((cost.cost == cost.cost.round()).all())
-
-
 def _most_that_fit(mask: Tensor, order: Tensor, limits: Sequence[Limit]) -> int:
     fits, too_many = 0, order.numel() + 1
     while too_many - fits > 1:
@@ -228,13 +221,6 @@ def _most_that_fit(mask: Tensor, order: Tensor, limits: Sequence[Limit]) -> int:
         else:
             too_many = middle
     return fits
-
-
-def _parts(floors: Floors, chosen: Tensor) -> list[tuple[int, slice]]:
-    """The chosen layers, each with the place of its blocks."""
-    ends = floors.lengths.cumsum(0).tolist()
-    layers = chosen.nonzero().flatten().tolist()
-    return [(i, slice(ends[i] - int(floors.lengths[i]), ends[i])) for i in layers]
 
 
 def _shared(

@@ -11,12 +11,14 @@ As τ falls to 0, f turns into h (Theorem 3.1), and L(w ⊙ f) into the loss of 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._checks import check_importance, check_temperature, checked_budget, flat_cost, on_host
-from .threshold import chunks, solve_threshold
+from .threshold import parts, solve_threshold
 
 
 def soft_topk(
@@ -68,7 +70,9 @@ class _SoftTopK(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_mask):
         importance, threshold, cost = ctx.saved_tensors
-        grad = soft_topk_vjp(importance, threshold, ctx.temperature, grad_mask, cost)
+        # All but the gradient was checked on the way forward.
+        price = None if cost is None else cost.reshape(-1)
+        grad = _vjp(importance, threshold, ctx.temperature, grad_mask, price)
         return grad, None, None, None
 
 
@@ -95,9 +99,17 @@ def soft_mask(importance: Tensor, threshold: float | Tensor, temperature: float)
     check_importance(importance)
     check_temperature(temperature)
     m = importance.reshape(-1)
+    own = threshold.reshape(-1) if isinstance(threshold, Tensor) and threshold.ndim else None
+    if m.requires_grad and torch.is_grad_enabled():
+        wide = m.to(torch.float64) - (threshold if own is None else own)
+        return (wide / temperature).sigmoid().to(m.dtype).view(importance.shape)
     mask = torch.empty_like(m)
-    for part in chunks(m):
-        mask[part] = _scaled(m[part], _part_of(threshold, part), temperature).sigmoid_()
+    cut = list(parts(m, mask, own))
+    scratch = torch.empty_like(cut[0][0], dtype=torch.float64)
+    for part, out, theta in cut:
+        # At small τ the difference needs every digit.
+        x = scratch[: len(part)].copy_(part).sub_(threshold if theta is None else theta)
+        out.copy_(x.mul_(1 / temperature).sigmoid_())
     return mask.view(importance.shape)
 
 
@@ -146,33 +158,43 @@ def soft_topk_vjp(
             f'  importance: {tuple(importance.shape)}\n'
             f'Give the gradient of the loss by each entry of the mask'
         )
+    return _vjp(importance, threshold, temperature, grad_mask, price)
+
+
+def _vjp(
+    importance: Tensor,
+    threshold: float | Tensor,
+    temperature: float,
+    grad_mask: Tensor,
+    price: Tensor | None,
+) -> Tensor:
     m, g = importance.reshape(-1), grad_mask.reshape(-1)
     # The result holds τ v, then ∂L/∂m; a half precision would round the former too coarsely.
     result = torch.empty_like(m, dtype=torch.promote_types(m.dtype, torch.float32))
-    weight = moved = torch.zeros((), dtype=torch.float64, device=m.device)
-    for part in chunks(m):
+    cut = list(parts(m, g, result, price))
+    scratch = [torch.empty_like(cut[0][0], dtype=torch.float64) for _ in range(2)]
+    weight = moved = 0.0
+    for part, grad, out, cost in cut:
+        v, pull = (room[: len(part)] for room in scratch)
         # f (1 - f) from the one of both that is at most 1/2: near 1 the difference would cancel.
-        s = _scaled(m[part], threshold, temperature).abs_().neg_().sigmoid_()
-        v = torch.addcmul(s, s, s, value=-1)
-        weight = weight + (v.sum() if price is None else torch.dot(price[part], v))
-        moved = moved + torch.dot(v, g[part].to(torch.float64))
-        result[part] = v
-    mean = moved / torch.where(weight > 0, weight, 1.0)
-    for part in chunks(m):
-        pull = g[part].to(torch.float64) - (mean if price is None else price[part] * mean)
-        result[part] = pull.mul_(result[part]).div_(temperature)
+        v.copy_(part).sub_(threshold).abs_().mul_(-1 / temperature).sigmoid_()
+        v.addcmul_(v, v, value=-1)
+        weight = weight + (v.sum() if cost is None else torch.dot(cost.double(), v))
+        moved = moved + torch.dot(v, pull.copy_(grad))
+        if len(cut) > 1:
+            out.copy_(v)
+    mean = moved / weight.clamp_min(math.ulp(0.0))  # where the weight is 0, so is what it divides
+    for part, grad, out, cost in cut:
+        v, pull = (room[: len(part)] for room in scratch)
+        if len(cut) > 1:
+            v.copy_(out)
+            pull.copy_(grad)
+        if cost is None:
+            pull.sub_(mean)
+        else:
+            pull.addcmul_(cost.double(), mean, value=-1)
+        out.copy_(pull.mul_(v).mul_(1 / temperature))
     return result.view(importance.shape).to(importance.dtype)
-
-
-def _scaled(importance: Tensor, threshold: float | Tensor, temperature: float) -> Tensor:
-    """Return (m - θ)/τ as a new float64 tensor: at small τ the difference needs every digit."""
-    return importance.to(torch.float64).sub(threshold).div_(temperature)
-
-
-def _part_of(threshold: float | Tensor, part: slice) -> float | Tensor:
-    """The thresholds of a part of the blocks, if each block has its own."""
-    own = isinstance(threshold, Tensor) and threshold.ndim
-    return threshold.reshape(-1)[part] if own else threshold
 
 
 @torch.no_grad()

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from mmsmart.importance import gradient, live_magnitude
+from mmsmart.functional import blend_log_squares
+from mmsmart.importance import live_magnitude
 from mmsmart.methods.method import SCOPES, Method, expect, magnitudes, within_layers
 from mmsmart.plans import BlockPlan, JointPlan, Plan
-
 
 # Steps that the running mean of the squared gradients looks back on.
 _MEMORY = 100
@@ -30,14 +30,16 @@ class Smart(Method):
     Attributes:
         temperature: τ of the mask that is in the weights now.
         thresholds: θ of it, as the plan solved for them.
-        squares: Running mean of (∂L/∂f)², `(num_blocks,)`, if there is curvature.
+        log_squares: Logarithm of the running mean of (∂L/∂f)², `(num_blocks,)`, with curvature.
+        centre: Its mean over the network.
+        spread: Its standard deviation; infinity before the first step.
         steps: Steps it was taken over.
 
     Args:
         curvature: Standard deviation over the network of what curvature gives the importance, as
             `smart.importance.curvature` has it; 0 leaves all to the optimiser, as in the paper.
-        scope: 'network' for one top-k over all layers; 'layer', for ablations, for one in each, which
-            removes the same share of all.
+        scope: 'network' for one top-k over all layers; 'layer', for ablations, for one in each,
+            which removes the same share of all.
         tied: For ablations: the importance is no parameter of its own but the magnitude of its
             block, and its gradient moves the weights. There is no curvature then.
     """
@@ -47,7 +49,9 @@ class Smart(Method):
     tied: bool = False
     temperature: float | None = field(default=None, init=False)
     thresholds: Tensor | list[Tensor] | None = field(default=None, init=False)
-    squares: Tensor | None = field(default=None, init=False)
+    log_squares: Tensor | None = field(default=None, init=False)
+    centre: Tensor | None = field(default=None, init=False)
+    spread: Tensor | None = field(default=None, init=False)
     steps: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
@@ -65,11 +69,13 @@ class Smart(Method):
     def begin(self, plan: Plan, importance: nn.Parameter, temperature: float | None) -> None:
         if self.scope == 'layer' and not isinstance(plan, BlockPlan):
             raise ValueError(
-                "smart.method_cfg.scope: 'layer' is for blocks under one sparsity; for parts of the "
-                'network, coupled channels and N of M leave it out.'
+                "smart.method_cfg.scope: 'layer' is for blocks under one sparsity; for parts of "
+                'the network, coupled channels and N of M leave it out.'
             )
         if self.curvature and not self.tied:
-            self.squares = torch.zeros_like(importance.data)
+            self.log_squares = torch.zeros_like(importance.data)
+            self.centre = importance.new_tensor(0.0)
+            self.spread = importance.new_tensor(torch.inf)
         self._solve(plan, importance, temperature)
 
     def mask(self, plan: Plan, importance: Tensor) -> Tensor:
@@ -83,18 +89,20 @@ class Smart(Method):
                 plan.first(live_magnitude(plan.layers)).backward(grad)
         else:
             importance.grad = grad
-        if self.squares is not None:
+        if self.log_squares is not None:
             self._follow(importance, grad_mask)
 
     def _follow(self, importance: nn.Parameter, grad_mask: Tensor) -> None:
-        """Move the importance by as much as the curvature's score has changed with this gradient."""
-        before = gradient(self.squares)
+        """Move the importance by as much as this gradient changes the score of the curvature."""
+        self._add(-self.curvature, importance.data)
         self.steps += 1
-        new = grad_mask.square()
-        # A loss scaler may have overflowed: such an iteration steps nothing.
-        rate = torch.where(new.sum().isfinite(), max(1 / self.steps, 1 / _MEMORY), 0.0)
-        self.squares.lerp_(new.nan_to_num_(0.0, 0.0, 0.0), rate)
-        importance.data += self.curvature * (gradient(self.squares) - before)
+        rate = max(1 / self.steps, 1 / _MEMORY)
+        self.centre, self.spread = blend_log_squares(self.log_squares, grad_mask, rate)
+        self._add(self.curvature, importance.data)
+
+    def _add(self, weight: float, importance: Tensor) -> None:
+        share = weight / self.spread
+        importance.addcmul_(self.log_squares, share).sub_(share * self.centre)
 
     def advance(self, plan: Plan, importance: nn.Parameter, temperature: float | None) -> None:
         if self.tied:
@@ -102,7 +110,8 @@ class Smart(Method):
         self._solve(plan, importance, self.temperature if temperature is None else temperature)
 
     def finish(self, plan: Plan, importance: nn.Parameter) -> None:
-        self.temperature = self.thresholds = self.squares = self._by_layer = None
+        self.temperature = self.thresholds = self._by_layer = None
+        self.log_squares = self.centre = self.spread = None
 
     def _solve(self, plan: Plan, importance: Tensor, temperature: float | None) -> None:
         if temperature is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -57,9 +56,9 @@ class BlockPlan(LayerPlan):
         excluded: Sequence[Excluded] = (),
     ) -> None:
         super().__init__(layers, excluded)
+        self._settings = (targets, positions, table, least)
         self.budgets = [self._budget(target, positions, table) for target in targets]
         self.floors = self._floors(least or {})
-        self._share_sizes()
         self._check()
 
     def _budget(
@@ -114,17 +113,17 @@ class BlockPlan(LayerPlan):
     def _device(self) -> torch.device:
         return self.floors.sizes.device
 
+    def by_layer(self) -> list[BlockPlan]:
+        """A plan for each layer: what is asked of all of them, asked of each for itself."""
+        plans = [BlockPlan([layer], *self._settings) for layer in self.layers]
+        for plan in plans:
+            plan.follow(self._device)
+        return plans
+
     def follow(self, device: torch.device) -> None:
         """The model has moved to this device."""
         self.budgets = [budget.to(device) for budget in self.budgets]
         self.floors = self.floors.to(device)
-        self._share_sizes()
-
-    def _share_sizes(self) -> None:
-        """A budget of weights and the floors count the same: one tensor is enough for both."""
-        for cost in (budget.cost for budget in self.budgets):
-            if isinstance(cost, LinearCost) and torch.equal(cost.cost, self.floors.sizes):
-                self.floors = replace(self.floors, sizes=cost.cost)
 
     def thresholds(self, importance: Tensor, temperature: float, start: Tensor | None) -> Tensor:
         """θ of the soft mask that meets the budgets and floors."""

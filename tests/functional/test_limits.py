@@ -92,7 +92,7 @@ class TestSoft:
     def test_without_floors_and_with_one_limit_it_is_the_soft_topk(self, problem, temperature):
         m, (limit, *_), _ = problem
         mask = limits_mask(m, solve_limits(m, [limit], temperature), temperature)
-        expected = soft_topk(m, limit.budget, temperature, limit.cost.cost)
+        expected = soft_topk(m, limit.budget, temperature, limit.cost.cost.dense())
         torch.testing.assert_close(mask, expected, rtol=1e-6, atol=1e-6)
 
     @few
@@ -217,7 +217,8 @@ class TestHard:
     @given(problems(with_curves=False))
     def test_with_one_limit_and_no_floor_it_is_the_hard_topk(self, problem):
         m, (limit, *_), _ = problem
-        assert torch.equal(limited_topk(m, [limit]), hard_topk(m, limit.budget, limit.cost.cost))
+        cost = limit.cost.cost.dense()
+        assert torch.equal(limited_topk(m, [limit]), hard_topk(m, limit.budget, cost))
 
     @few
     @given(problems(), st.integers(0, 2**32))

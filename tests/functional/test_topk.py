@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.profiler import ProfilerActivity, profile
 
 from mmsmart.functional import hard_topk, soft_mask, soft_topk, soft_topk_vjp, solve_threshold
 from mmsmart.functional.threshold import _solve_on_device
@@ -247,15 +248,46 @@ class TestThreshold:
         from mmsmart.functional import threshold
 
         passes = []
-        counted = threshold._kept_and_slope
+        counted = threshold._Scaled.kept
         monkeypatch.setattr(
-            threshold, '_kept_and_slope', lambda *args: passes.append(1) or counted(*args)
+            threshold._Scaled, 'kept', lambda x, t: passes.append(len(x.m)) or counted(x, t)
         )
         m = torch.randn(1000, generator=torch.Generator().manual_seed(0)).exp()
         theta = solve_threshold(m, 200, 0.01)
         cold = len(passes)
         solve_threshold(m, 200, 0.01, start=theta)
         assert len(passes) - cold == 1 < cold
+
+    @pytest.mark.parametrize('kind', ['normal', 'skewed', 'two clusters'])
+    def test_start_of_many_blocks_comes_from_few_of_them(self, kind, monkeypatch):
+        from mmsmart.functional import threshold
+
+        passes = []
+        counted = threshold._Scaled.kept
+        monkeypatch.setattr(
+            threshold._Scaled, 'kept', lambda x, t: passes.append(len(x.m)) or counted(x, t)
+        )
+        m = kinds_of_importance(10**5)[kind]
+        solve_threshold(m, 0.2 * 10**5, 0.1)
+        assert passes.count(10**5) <= 4
+        assert 2**12 <= min(passes) < 2**13
+
+    @pytest.mark.filterwarnings('ignore:Warning. Profiler clears events')
+    @pytest.mark.parametrize('with_cost', [False, True])
+    def test_memory_on_the_way_does_not_grow_with_the_blocks(self, with_cost):
+        def peak(size):
+            m, grad = torch.randn(size, requires_grad=True), torch.randn(size)
+            cost = torch.ones(size, dtype=torch.float64) if with_cost else None
+            with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
+                soft_topk(m, 0.2 * size, 0.1, cost).backward(grad)
+            held = most = 0
+            for event in run.profiler.kineto_results.events():
+                if event.name() == '[memory]':
+                    held += event.nbytes()
+                    most = max(most, held)
+            return most - 2 * 4 * size  # the mask and the gradient
+
+        assert abs(peak(2**22) - peak(2**20)) < 2**20
 
     @settings(max_examples=50)
     @given(values=importances, temperature=temperatures, share=shares)
