@@ -31,6 +31,7 @@ from torch import Tensor, nn
 import mmsmart
 from mmsmart.blocks import find_layers
 from mmsmart.importance import magnitude
+from mmsmart.methods import Smart
 
 # The second dense model is a control: what tells it from the first is the machine.
 STAGES = ('dense', 'search', 'finetune', 'dense again')
@@ -101,7 +102,9 @@ def stepper(
     optimizer = torch.optim.SGD(trained, lr=1e-5, momentum=0.9, weight_decay=1e-4)
     masks = None
     if not stage.startswith('dense'):
-        masks = mmsmart.install_masks(model, sparsity=args.sparsity, block=tuple(args.block))
+        masks = mmsmart.install_masks(
+            model, sparsity=args.sparsity, block=tuple(args.block), method=Smart(curvature=1.0)
+        )
         masks.begin(magnitude(masks.layers), temperature=args.temperature)
         importance_optimizer = torch.optim.Adam([masks.importance], lr=0.002)
     if stage == 'finetune':
