@@ -24,7 +24,7 @@ def blend_log_squares(logs: Tensor, grad: Tensor, rate: float) -> tuple[Tensor, 
 
     Args:
         logs: log q, float32 `(num_blocks,)`, changed; whatever it holds if the rate is 1.
-        grad: g = ∂L/∂f, shape of logs.
+        grad: g = ∂L/∂f, shape of logs, floating point.
         rate: r in (0, 1].
 
     Returns:
@@ -42,7 +42,8 @@ def blend_log_squares(logs: Tensor, grad: Tensor, rate: float) -> tuple[Tensor, 
     least = (_LEAST * average).clamp_min(torch.finfo(torch.float32).tiny).log()
     first = second = torch.zeros((), dtype=torch.float64, device=logs.device)
     for old, g in parts(logs, grad):
-        new = torch.lerp(old.exp(), g * g, torch.where(whole, rate, 0.0)).log_()
+        share = torch.where(whole, rate, 0.0).to(old.dtype)
+        new = torch.lerp(old.exp(), g.to(old.dtype).square(), share).log_()
         new = torch.where(whole, new.clamp_min_(least), old)
         old.copy_(new)
         x = new.double()

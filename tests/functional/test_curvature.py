@@ -36,6 +36,12 @@ def test_long_vectors_are_blended_like_short_ones():
     assert float(spread) == pytest.approx(float(logs.double().std()), rel=1e-4)
 
 
+def test_gradients_may_be_in_double_precision():
+    grad, logs, same = torch.tensor([1.0, -3.0, 2.0]), torch.zeros(3), torch.zeros(3)
+    assert blend_log_squares(logs, grad.double(), 1.0) == blend_log_squares(same, grad, 1.0)
+    assert logs.dtype == torch.float32 and torch.equal(logs, same)
+
+
 def test_what_has_no_effect_counts_as_a_hundred_millionth_of_the_mean():
     logs = torch.zeros(4)
     blend_log_squares(logs, torch.tensor([0.0, 2.0, 2.0, 2.0]), 1.0)
