@@ -373,7 +373,7 @@ def bytes_alive():
     """Bytes of all tensors that Python knows, views of one memory counted once."""
     gc.collect()
     tensors = (x for x in gc.get_objects() if type(x) in (torch.Tensor, nn.Parameter))
-    storages = (tensor.untyped_storage() for tensor in tensors)
+    storages = (x.untyped_storage() for x in tensors if x.layout == torch.strided)
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
