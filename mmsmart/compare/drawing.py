@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from mmsmart.compare.results import Result, dense_mean, mean_of
+from mmsmart.compare.suite import block_title
 from mmsmart.export import complete_or_absent
 
 _MARKERS = 'oosD^vP<>X*ph'  # those of colours that come back differ
@@ -60,7 +61,7 @@ def draw_curves(results: Sequence[Result], methods: Sequence[str], path: str | P
     axes.set(
         xlabel='sparsity',
         ylabel=first.metric,
-        title=f'{first.task}, blocks of {first.block}, '
+        title=f'{first.task}, {block_title(first.block)}, '
         + ('one seed' if seeds == 1 else f'mean and standard deviation of up to {seeds} seeds'),
     )
     axes.grid(alpha=0.3)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mmsmart.compare.grid import Job
 from mmsmart.compare.results import Duel, Mean, Result, dense_mean, duels, mean_of
-from mmsmart.compare.suite import Suite, block_name, slug
+from mmsmart.compare.suite import Suite, block_name, block_title, slug
 
 NOTHING = '–'
 
@@ -54,7 +54,8 @@ def markdown(
         for block in map(block_name, task.blocks):
             mine = [result for result in results if (result.task, result.block) == (name, block)]
             cells += [(name, block, sparsity) for sparsity in task.sparsities]
-            lines += [f'## {name}, blocks of {block}', '', *_table(mine, methods, task.sparsities)]
+            title = f'## {name}, {block_title(block)}'
+            lines += [title, '', *_table(mine, methods, task.sparsities)]
             picture = picture_name(name, block)
             if mine and pictures is not None and (pictures / picture).is_file():
                 lines += ['', f'![{name}, {block}]({picture})']

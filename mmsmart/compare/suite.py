@@ -133,6 +133,16 @@ def block_name(block: str | Sequence[int]) -> str:
     return block if isinstance(block, str) else 'x'.join(str(size) for size in block)
 
 
+def block_title(block: str) -> str:
+    """A block's name in words.
+
+    Example:
+        >>> block_title('8x8'), block_title('channel')
+        ('blocks of 8x8', 'coupled channels')
+    """
+    return 'coupled channels' if block == 'channel' else f'blocks of {block}'
+
+
 def nested(where: str, options: dict[str, Any]) -> dict[str, Any]:
     """Options by dotted key, as dictionaries inside dictionaries.
 
