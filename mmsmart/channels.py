@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmsmart.blocks import Excluded, checked_rule, is_layer, matches
+from mmsmart.blocks import Excluded, is_layer
 from mmsmart.dependency import ChannelTies, Forward, Side, TiedGroup, trace_ties
+from mmsmart.layer_rules import checked_rule, matches
 from mmsmart.shrink import NORMS, TRANSPOSED, Kept, cut_channels, in_axis, is_grouped, out_axis
 
 # The masked and the cut network add the same numbers up in another order.

@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import nn
 
-from mmsmart.blocks import find_layers, least_densities
+from mmsmart.blocks import find_layers
 from mmsmart.budget import read_targets
 from mmsmart.channels import find_channels
 from mmsmart.dependency import Forward
 from mmsmart.latency import LatencyTable
+from mmsmart.layer_rules import least_densities
 from mmsmart.masking import BlockMasks
 from mmsmart.methods import Method
 from mmsmart.plans import ChannelPlan, plan_blocks
@@ -38,7 +39,7 @@ def install_masks(
         sparsity: Share of the resource to remove, in [0, 1); or a dict by resource, or by part of
             the model; see :func:`mmsmart.budget.read_targets`.
         block: `(out, in, kh, kw)`, -1 for a whole axis, or a string such as '16x8' or '2:4'; see
-            :func:`mmsmart.blocks.read_block`. Or 'channel': coupled output channels, see
+            :func:`mmsmart.layer_rules.read_block`. Or 'channel': coupled output channels, see
             :func:`mmsmart.channels.find_channels`.
         layers: Overrides by name pattern; see :func:`mmsmart.blocks.find_layers`. Without a
             `min_density` a layer keeps one block at least.

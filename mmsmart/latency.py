@@ -23,8 +23,9 @@ from typing import Any
 
 import torch
 
-from mmsmart.blocks import BlockLayer, matches
+from mmsmart.blocks import BlockLayer
 from mmsmart.functional import CurveCost, Curves, LinearCost
+from mmsmart.layer_rules import matches
 
 _KEYS = {'unit', 'layers'}
 _ENTRY_KEYS = {'pattern', 'block', 'fixed', 'curve'}

@@ -19,6 +19,7 @@ FLOOR = {
     'shipped': 0,
     'health': 0,
     'pruning_json': 0,
+    'layer_rules': 0,
     'blocks': 1,
     'shrink': 1,
     'budget': 1,

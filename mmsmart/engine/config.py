@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from mmsmart.blocks import NOfM, read_block
 from mmsmart.budget import RESOURCES, Target, read_targets
 from mmsmart.functional import TemperatureSchedule
 from mmsmart.latency import LatencyTable, read_table
+from mmsmart.layer_rules import NOfM, read_block
 from mmsmart.methods import METHODS, Method
 
 INITIALISATIONS = ('magnitude', 'activation', 'gradient', 'random', 'zero')

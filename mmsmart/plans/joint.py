@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmsmart.blocks import BlockLayer, Excluded, matches
+from mmsmart.blocks import BlockLayer, Excluded
 from mmsmart.budget import Budget, Target
 from mmsmart.latency import LatencyTable
+from mmsmart.layer_rules import matches
 from mmsmart.plans.blocks import BlockPlan
 from mmsmart.plans.n_of_m import NOfMPlan
 

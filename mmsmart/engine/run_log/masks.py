@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmsmart.blocks import matches
 from mmsmart.engine.checkpoints import load_checkpoint
 from mmsmart.functional import block_grid, block_reduce, block_sizes
 from mmsmart.html_report.run import Importances, Layer
+from mmsmart.layer_rules import matches
 
 
 @dataclass
