@@ -108,6 +108,13 @@ class Budget:
     def to(self, device: torch.device) -> Budget:
         return replace(self, cost=self.cost.to(device))
 
+    def __str__(self) -> str:
+        part = f' of {self.target.part}' if self.target.part else ''
+        return (
+            f'{self.amount:.8g} of {self.total:.8g} {self.unit}{part} '
+            f'(sparsity {self.target.sparsity:g})'
+        )
+
 
 def make_budget(target: Target, cost: Cost, total: float, unit: str) -> Budget:
     """The budget of a target: its share of the total."""

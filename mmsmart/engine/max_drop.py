@@ -17,10 +17,10 @@ from typing import Any
 from mmengine import dist
 from mmengine.config import Config
 from mmengine.hooks import CheckpointHook
-from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner, find_latest_checkpoint
 
 from mmsmart.engine.config import MaxDrop, Smart, Stages, build
+from mmsmart.engine.runner_models import trained_model
 from mmsmart.engine.short_runs import lengths, short_run, shortened
 from mmsmart.export import complete_or_absent, plain
 from mmsmart.install import masks_of
@@ -254,7 +254,7 @@ class SparsitySearch:
 
 
 def _check(runner: Runner, smart: Smart) -> None:
-    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    model = trained_model(runner)
     if masks_of(model) is not None:
         raise ValueError(
             'smart.max_drop: the config names mmsmart.SmartModel, whose sparsity is fixed. Write '

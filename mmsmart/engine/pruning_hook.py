@@ -4,19 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.dist import master_only
 from mmengine.hooks import CheckpointHook, EarlyStoppingHook, EMAHook, Hook, LoggerHook
-from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.runner import Runner
-from torch import nn
 
-from mmsmart.budget import Budget
-from mmsmart.drawing import draw_report
 from mmsmart.engine.calibration import first_importance, layer_positions, recalibrate
 from mmsmart.engine.config import (
     ImportanceStart,
@@ -29,16 +23,15 @@ from mmsmart.engine.config import (
 from mmsmart.engine.diagnosis import check_checkpoint
 from mmsmart.engine.distillation import DenseFeatures, read_distillation
 from mmsmart.engine.optim_wrapper import MaskedStep
+from mmsmart.engine.outcome import write_outcome
 from mmsmart.engine.pictures import show_masks
 from mmsmart.engine.processes import expect_agreement, refuse_strategies, same_everywhere
 from mmsmart.engine.random_state import ResumableRandomness
 from mmsmart.engine.run_log import note_start
-from mmsmart.export import save_plain_checkpoint, save_shrunk
+from mmsmart.engine.runner_models import trained_model
 from mmsmart.install import masks_of
 from mmsmart.masking import BlockMasks
-from mmsmart.plans import ChannelPlan
 from mmsmart.registry import HOOKS
-from mmsmart.report import pruning_report, save_report
 
 _DENSE_METRICS = 'smart_dense_metrics'
 _SEARCH = 'smart_search'  # where a checkpoint has the first iteration of the search and its end
@@ -100,7 +93,7 @@ class SmartPruningHook(Hook):
         refuse_strategies(runner)
         if not isinstance(runner.optim_wrapper, (OptimWrapper, OptimWrapperDict)):
             return  # a test or validation run: nothing is trained
-        wrapper, model = runner.optim_wrapper, _plain_model(runner)
+        wrapper, model = runner.optim_wrapper, trained_model(runner)
         masks = masks_of(model)
         if not isinstance(wrapper, MaskedStep):
             raise ValueError(
@@ -132,7 +125,7 @@ class SmartPruningHook(Hook):
         if self.masks is None:
             return
         untrained = check_checkpoint(
-            _plain_model(runner),
+            trained_model(runner),
             self.masks,
             checkpoint,
             new_layers=self.stages.pretrain > 0 and not runner._resume,
@@ -181,7 +174,7 @@ class SmartPruningHook(Hook):
             )
         expect_agreement(self.masks, f'at the start from iteration {runner.iter}')
         counted = self.masks.positions
-        self._positions = counted or layer_positions(runner, _plain_model(runner))
+        self._positions = counted or layer_positions(runner, trained_model(runner))
         note_start(runner, self.masks, self._positions, self._begin, self._end, self.method)
         if runner.iter < self._begin:
             runner.logger.info(
@@ -246,7 +239,8 @@ class SmartPruningHook(Hook):
             )
             return
         self._measure(runner)
-        self._write(runner)
+        dense = runner.message_hub.runtime_info.get(_DENSE_METRICS, {})
+        write_outcome(runner, self.masks, self._positions, self.method, dense, self._metrics)
 
     def _set_progress(self, runner: Runner, iteration: int) -> None:
         last = max(self._end - self._begin - 1, 1)
@@ -255,7 +249,7 @@ class SmartPruningHook(Hook):
         runner.optim_wrapper.temperature = self.schedule(progress)
 
     def _begin_search(self, runner: Runner) -> None:
-        model, masks = _plain_model(runner), self.masks
+        model, masks = trained_model(runner), self.masks
         self._measure(runner)
         runner.message_hub.update_info(_DENSE_METRICS, self._metrics)
         init = masks.method.init or self.start.init
@@ -270,7 +264,7 @@ class SmartPruningHook(Hook):
         runner.logger.info(
             f'mmsmart: search over iterations {self._begin} to {self._end}: {masks.num_blocks} '
             f'blocks in {len(masks.layers)} layers; {len(masks.excluded)} layers left dense. '
-            f'May stay: {"; ".join(_allowed(budget) for budget in masks.budgets)}.'
+            f'May stay: {"; ".join(map(str, masks.budgets))}.'
         )
         if masks.state == 'hard':
             self._is_hard(runner)
@@ -282,7 +276,7 @@ class SmartPruningHook(Hook):
         self._show(runner)
         for average in averages:
             masks.zero_pruned(average.module)
-        recalibrate(runner, _plain_model(runner), self.recalibrate, averages)
+        recalibrate(runner, trained_model(runner), self.recalibrate, averages)
         # A best score of the dense or soft network would keep every pruned one from being saved.
         info = runner.message_hub.runtime_info
         for key in [key for key in info if key.startswith('best_score')]:
@@ -291,8 +285,7 @@ class SmartPruningHook(Hook):
             f'mmsmart: masks are hard from iteration {runner.iter + 1} on: '
             f'{masks.moved():.1%} of the blocks changed sides during the search. Kept: '
             + '; '.join(
-                f'{cost:.8g} of {_allowed(budget)}'
-                for cost, budget in zip(masks.kept_costs(), masks.budgets)
+                f'{cost:.8g} of {budget}' for cost, budget in zip(masks.kept_costs(), masks.budgets)
             )
         )
 
@@ -327,59 +320,6 @@ class SmartPruningHook(Hook):
         ):
             if value is not None:
                 runner.message_hub.update_scalar(f'train/{name}', value)
-
-    @master_only
-    def _write(self, runner: Runner) -> None:
-        folder, model = Path(runner.work_dir), _evaluated_model(runner)
-        broken = [key for key, x in model.state_dict().items() if not bool(x.isfinite().all())]
-        if broken:
-            raise FloatingPointError(
-                f'{broken[0]}: NaN or infinity in the trained weights, so no pruned.pth is written.'
-                ' Resume from a checkpoint before the loss became NaN, with a lower learning rate.'
-            )
-        report = pruning_report(
-            model,
-            self.masks,
-            self._positions,
-            method=self.method,
-            dense_metrics=runner.message_hub.runtime_info.get(_DENSE_METRICS, {}),
-            pruned_metrics=self._metrics,
-        )
-        meta = {'dataset_meta': getattr(runner.train_dataloader.dataset, 'metainfo', None)}
-        save_plain_checkpoint(model, folder / 'pruned.pth', meta)
-        is_channels = isinstance(self.masks.plan, ChannelPlan)
-        if is_channels:
-            save_shrunk(model, self.masks, folder, meta)
-        save_report(report, folder / 'pruning.json')
-        draw_report(report, self.masks, folder / 'pruning.png')
-        shrunk = 'shrunk.pth with its structure.json, ' if is_channels else ''
-        runner.logger.info(
-            f'mmsmart: {shrunk}pruned.pth, pruning.json and pruning.png are in {folder}.'
-        )
-
-
-def _allowed(budget: Budget) -> str:
-    target = budget.target
-    part = f' of {target.part}' if target.part else ''
-    return (
-        f'{budget.amount:.8g} of {budget.total:.8g} {budget.unit}{part} '
-        f'(sparsity {target.sparsity:g})'
-    )
-
-
-def _plain_model(runner: Runner) -> nn.Module:
-    return runner.model.module if is_model_wrapper(runner.model) else runner.model
-
-
-def _evaluated_model(runner: Runner) -> nn.Module:
-    """The weights that validation scores: the moving average where there is one.
-
-    That of mmpretrain can be told to leave them out of it.
-    """
-    for hook in runner.hooks:
-        if isinstance(hook, EMAHook) and getattr(hook, 'evaluate_on_ema', True):
-            return hook.ema_model.module
-    return _plain_model(runner)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from mmsmart.engine.max_drop import SparsitySearch
 from mmsmart.engine.optim_wrapper import MaskedStep
 from mmsmart.engine.processes import refuse_shards, start_on_cpus, without_gpus
 from mmsmart.engine.pruning_hook import SmartPruningHook
+from mmsmart.engine.runner_models import trained_model
 from mmsmart.install import install_masks, masks_of
 from mmsmart.registry import RUNNERS
 
@@ -101,7 +102,7 @@ class SmartRunner(CompleteCheckpoints, Runner):
             self.register_hook(SmartPruningHook(**_smart_of(self.cfg).hook_args()))
 
     def build_optim_wrapper(self, optim_wrapper: Any) -> OptimWrapper:
-        model = self.model.module if is_model_wrapper(self.model) else self.model
+        model = trained_model(self)
         if masks_of(model) is None:
             # Some backbones freeze their first stages in `train()` and not before.
             arguments = _smart_of(self.cfg).model_args()

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mmengine.dist import get_world_size, master_only
-from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 
 from mmsmart.blocks import BlockLayer
+from mmsmart.engine.runner_models import trained_model
 from mmsmart.export import complete_or_absent, plain
 from mmsmart.html_report.run import Start
 from mmsmart.masking import BlockMasks
@@ -96,7 +96,7 @@ def note_start(
 
 def in_network_order(layers: Iterable[_Named], runner: Runner) -> list[_Named]:
     """Layers as the model has them, where plans have them part by part."""
-    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    model = trained_model(runner)
     order = {name: index for index, (name, _) in enumerate(model.named_modules())}
     return sorted(layers, key=lambda layer: order[layer.name])
 
