@@ -1,15 +1,9 @@
-"""The packed-blocks file: of every pruned weight only the blocks that are left, in safetensors.
-
-A block-sparse format (BSR with one flat index, any number of axes and ragged edges), laid out so
-that a compiler can read it without this package: docs/packed-blocks.md. One file is a whole model.
-"""
+"""Writing and reading packed-blocks files."""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from mmsmart.export import complete_or_absent, plain, stock_state
-from mmsmart.functional import block_grid
 from mmsmart.install import masks_of
+from mmsmart.packed.layout import BITS, Cut, checked_cut, pack, unpack
 
 FORMAT = 'mmsmart.packed_blocks'  # the key of our entry in the file's `__metadata__`
 VERSION = 1
@@ -26,10 +20,6 @@ VERSION = 1
 # What a damaged or hostile file may make us allocate, unless the caller knows better.
 _RATIO = 1000  # a network that keeps a thousandth of its weights
 _AT_LEAST = 64 * 2**20  # bytes; small files are mostly header
-
-_MAX_INDEX = 2**31 - 1
-# Weights are moved as integers of their size: NaN, infinity and -0.0 keep their bits.
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def save_packed(
@@ -77,7 +67,7 @@ def save_packed(
         value = value.detach().to('cpu', copy=True, memory_format=torch.contiguous_format)
         if key in cuts:
             cut, most = cuts[key]
-            blocks, index = _pack(value, cut)
+            blocks, index = pack(value, cut)
             if isinstance(most, int) and len(index) > most:
                 raise ValueError(
                     f'state_dict: {key} has {len(index)} blocks that are not zero, but its row '
@@ -147,7 +137,7 @@ def load_packed(path: str | Path, max_bytes: int | None = None) -> dict[str, Ten
     entry, tensors = _read(path)
     packed = []
     for key, row in entry['weights'].items():
-        cut = _checked_cut(f'{path}: weights[{key!r:.200}]', row)
+        cut = checked_cut(f'{path}: weights[{key!r:.200}]', row)
         parts = {part: tensors.pop(f'{key}.{part}', None) for part in ('blocks', 'index')}
         for part, tensor in parts.items():
             if tensor is None or tensor.ndim != 1:
@@ -165,7 +155,7 @@ def load_packed(path: str | Path, max_bytes: int | None = None) -> dict[str, Ten
     for key, cut, blocks, index in packed:
         if key in tensors:
             raise ValueError(f'{path}: {key}: the file holds it packed and dense.')
-        tensors[key] = _unpack(path, key, blocks, index, cut)
+        tensors[key] = unpack(path, key, blocks, index, cut)
     for alias, key in entry['aliases'].items():
         if alias in tensors or not isinstance(key, str) or key not in tensors:
             raise ValueError(
@@ -180,101 +170,17 @@ def load_packed_meta(path: str | Path) -> dict[str, Any]:
     return _read(path)[0]['meta']
 
 
-@dataclass(frozen=True)
-class _Cut:
-    """How a weight is cut, always with the groups as first axis: a 1 there moves no block."""
-
-    shape: tuple[int, ...]
-    block: tuple[int, ...]
-    groups: int
-
-    @property
-    def view_shape(self) -> tuple[int, ...]:
-        return (self.groups, self.shape[0] // self.groups, *self.shape[1:])
-
-    @property
-    def grid(self) -> tuple[int, ...]:
-        return block_grid(self.view_shape, (1, *self.block))
-
-    @property
-    def volume(self) -> int:
-        """Number of entries where ragged blocks count as whole ones."""
-        return math.prod(self.grid) * math.prod(self.block)
-
-    def as_json(self) -> dict[str, Any]:
-        return {'shape': self.shape, 'block': self.block, 'groups': self.groups}
-
-    def split(self, values: Tensor) -> Tensor:
-        """Every block as a row, `(num_blocks, block entries)`; ragged ones filled with zeros."""
-        lengths = (1, *self.block)
-        whole = values.new_zeros([count * length for count, length in zip(self.grid, lengths)])
-        whole[self._corner] = values.reshape(self.view_shape)
-        pairs = [size for pair in zip(self.grid, lengths) for size in pair]
-        axes = range(len(pairs))
-        blocks = whole.reshape(pairs).permute(*axes[::2], *axes[1::2])
-        return blocks.reshape(-1, math.prod(self.block))
-
-    def join(self, rows: Tensor) -> Tensor:
-        """Reverse of :meth:`split`, in the weight's own shape."""
-        lengths = (1, *self.block)
-        order = [axis for i in range(len(lengths)) for axis in (i, i + len(lengths))]
-        whole = [count * length for count, length in zip(self.grid, lengths)]
-        blocks = rows.reshape(*self.grid, *lengths).permute(order).reshape(whole)
-        return blocks[self._corner].reshape(self.shape)
-
-    def inside(self) -> Tensor:
-        """Which entries of :meth:`split` are weights and not filling, bool."""
-        return self.split(torch.ones(self.shape, dtype=torch.bool))
-
-    @property
-    def _corner(self) -> tuple[slice, ...]:
-        return tuple(slice(length) for length in self.view_shape)
-
-
-def _pack(weight: Tensor, cut: _Cut) -> tuple[Tensor, Tensor]:
-    """The blocks that are not zero, one after the other, and their indices."""
-    rows = cut.split(weight.view(_BITS[weight.element_size()]))
-    kept = (rows != 0).any(1)
-    blocks = rows[kept][cut.inside()[kept]]
-    return blocks.view(weight.dtype), kept.nonzero().flatten().to(torch.int32)
-
-
-def _unpack(path: str | Path, key: str, blocks: Tensor, index: Tensor, cut: _Cut) -> Tensor:
-    """Reverse of :func:`_pack`, for tensors that come from a file."""
-    where, count = f'{path}: {key}.index', math.prod(cut.grid)
-    if index.dtype != torch.int32:
-        raise ValueError(f'{where}: expected dtype torch.int32, got {index.dtype}.')
-    index = index.long()
-    if bool((index.diff() <= 0).any()):
-        raise ValueError(f'{where}: expected ascending indices without repetition.')
-    if len(index) and not 0 <= int(index[0]) <= int(index[-1]) < count:
-        first, last = int(index[0]), int(index[-1])
-        raise ValueError(f'{where}: expected indices in [0, {count}), got {first} to {last}.')
-    inside = cut.inside()[index]
-    if len(blocks) != int(inside.sum()):
-        raise ValueError(
-            f'{path}: {key}.blocks: the {len(index)} blocks of the index hold {int(inside.sum())} '
-            f'weights, got {len(blocks)}.'
-        )
-    bits = blocks.view(_BITS[blocks.element_size()])
-    kept = bits.new_zeros(inside.shape)
-    kept[inside] = bits
-    rows = bits.new_zeros(count, inside.shape[1])
-    rows[index] = kept
-    return cut.join(rows).contiguous().view(blocks.dtype)
-
-
 def _checked_rows(
     rows: Iterable[Mapping[str, Any]], state_dict: Mapping[str, Tensor]
-) -> dict[str, tuple[_Cut, Any]]:
+) -> dict[str, tuple[Cut, Any]]:
     """For every weight to be packed its cut, and the most blocks that it may have left."""
-    cuts: dict[str, tuple[_Cut, Any]] = {}
+    cuts: dict[str, tuple[Cut, Any]] = {}
     for number, row in enumerate(rows):
         if not isinstance(row, Mapping) or not isinstance(row.get('name'), str):
             raise ValueError(f'rows[{number}]: expected an entry with a name, got {row!r}.')
         where = f'rows[{number}] ({row["name"]})'
         key = f'{row["name"]}.weight' if row['name'] else 'weight'
-        cut = _checked_cut(where, row)
+        cut = checked_cut(where, row)
         if key not in state_dict or key in cuts:
             problem = 'the row is there twice' if key in cuts else f'no {key} in the state dict'
             raise ValueError(f'{where}: {problem}. Give the weights and the rows of the same run.')
@@ -290,34 +196,10 @@ def _checked_rows(
     return cuts
 
 
-def _checked_cut(where: str, row: Any) -> _Cut:
-    if not isinstance(row, Mapping):
-        raise ValueError(f'{where}: expected shape, block and groups, got {row!r:.80}.')
-    shape, block = (_checked_sizes(f'{where}.{key}', row.get(key)) for key in ('shape', 'block'))
-    groups = row.get('groups')
-    if type(groups) is not int or groups < 1 or shape[0] % groups:
-        raise ValueError(f'{where}.groups: expected a divisor of {shape[0]}, got {groups!r:.80}.')
-    cut = _Cut(shape, block, groups)
-    largest = cut.view_shape[1:]
-    if len(block) != len(shape) or any(b > axis for b, axis in zip(block, largest)):
-        raise ValueError(f'{where}.block: expected at most {largest}, got {block}.')
-    if math.prod(cut.grid) > _MAX_INDEX:
-        raise ValueError(f'{where}.block: {block} makes more blocks than an int32 can number.')
-    return cut
-
-
-def _checked_sizes(where: str, sizes: Any) -> tuple[int, ...]:
-    sizes = tuple(sizes) if isinstance(sizes, (list, tuple)) else sizes
-    fits = isinstance(sizes, tuple) and 2 <= len(sizes) <= 5
-    if not fits or not all(type(size) is int and 1 <= size <= _MAX_INDEX for size in sizes):
-        raise ValueError(f'{where}: expected 2 to 5 integers of at least 1, got {sizes!r:.200}.')
-    return sizes
-
-
 def _checked_tensor(key: str, value: Any) -> Tensor:
     if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
         raise ValueError(f'state_dict: {key}: expected a dense tensor, got {type(value).__name__}.')
-    if value.is_quantized or value.element_size() not in _BITS:
+    if value.is_quantized or value.element_size() not in BITS:
         raise ValueError(f'state_dict: {key}: safetensors has no dtype {value.dtype}.')
     return value
 
