@@ -16,7 +16,7 @@ from mmsmart.functional import TemperatureSchedule, hard_topk, soft_topk
 
 IMAGES = Path(__file__).parent / 'images'
 BLOCKS, KEPT = 40, 10
-START, END = 3.0, 0.01  # the defaults of `smart.temperature`
+START, END = 1.0, 0.01  # the defaults of `smart.temperature`
 STEPS = 600
 
 # A least-squares problem of eight weights, three of which may stay.
@@ -78,7 +78,7 @@ def descent(end: float) -> Descent:
 def draw_hardening() -> Any:
     temperatures, masks = hardening()
     figure, (curves, history) = _figure((10, 3.6), [1, 1.1])
-    shown = [3.0, 1.0, 0.3, 0.1, 0.01]
+    shown = [1.0, 0.3, 0.1, 0.03, 0.01]
     for number, temperature in enumerate(shown):
         nearest = int((temperatures - temperature).abs().argmin())
         label = f'τ = {temperature:g}'

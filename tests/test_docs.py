@@ -234,7 +234,7 @@ def test_pictures_show_what_is_said_of_them(tmp_path, monkeypatch):
     assert (temperatures.diff() < 0).all()
     torch.testing.assert_close(masks.sum(1), torch.full((25,), 10.0).double(), rtol=1e-6, atol=0)
     undecided = ((masks > 0.05) & (masks < 0.95)).double().mean(1)
-    assert undecided[0] == 1 and undecided[-1] == 0
+    assert undecided[0] > 0.9 and undecided[-1] == 0
 
     stuck, free = pictures.descent(end=1.0), pictures.descent(end=pictures.END)
     assert (stuck.masks[-1] - stuck.masks[0]).abs().max() < 1e-9

@@ -28,7 +28,7 @@ smart = dict(
     # shares of the run's iterations; they add up to 1
     stages=dict(pretrain=0.0, search=0.6, finetune=0.4),
     # softness of the mask, falling over the search: 'geometric', 'linear' or 'cosine'
-    temperature=dict(start=3.0, end=0.01, shape='geometric'),
+    temperature=dict(start=1.0, end=0.01, shape='geometric'),
     # first importance (a weak one: what the search learns counts), how strongly it follows the
     # curvature of the loss, and the optimiser of what is learnt besides
     importance=dict(

@@ -160,7 +160,7 @@ class Importance:
 class Temperature:
     """`smart.temperature`: τ falls from start to end over the search."""
 
-    start: float = 3.0
+    start: float = 1.0
     end: float = 0.01
     shape: str = 'geometric'
 

@@ -49,7 +49,7 @@ class SmartPruningHook(Hook):
             once do so at the beginning of the search and fine-tune from there on.
         method_cfg: Settings of the method.
         stages: `dict(pretrain=0.0, search=0.6, finetune=0.4)`, shares of the run's iterations.
-        temperature: `dict(start=3.0, end=0.01, shape='geometric')`.
+        temperature: `dict(start=1.0, end=0.01, shape='geometric')`.
         importance: `dict(init='magnitude', scale=0.1, batches=16, curvature=1.0)`: where the
             search starts, and how strongly the importance follows the curvature of the loss.
         distillation: `dict(weight=1.0)`, or the weight: from the search on, the loss keeps the

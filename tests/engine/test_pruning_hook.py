@@ -54,9 +54,9 @@ def load(path):
 def test_temperature_follows_its_schedule_from_first_to_last(finished_run):
     _, notes = finished_run
     search = [note['temperature'] for note in notes if note['state'] == 'soft']
-    schedule = TemperatureSchedule(3.0, 0.01, 'geometric')
+    schedule = TemperatureSchedule(1.0, 0.01, 'geometric')
     assert search == [schedule(i / 11) for i in range(12)]
-    assert (search[0], search[-1]) == (3.0, pytest.approx(0.01))
+    assert (search[0], search[-1]) == (1.0, pytest.approx(0.01))
 
 
 def test_every_soft_mask_meets_the_budget(finished_run):
