@@ -1,20 +1,22 @@
-"""Distillation: the features of the pruned network stay near those of the dense one.
+"""Distillation: the pruned network stays near the dense one, in its features or in its outputs.
 
-A frozen copy of the backbone, made as the search begins, sees the same batches, and the loss gets a
-term for how far the features have moved away from its own. Feature maps are what classifiers,
-detectors and segmentors have in common; nothing is asked of their heads.
+A frozen copy of the network, made as the search begins, sees the same batches, and the loss gets a
+term for how far features or outputs have moved away from its own. Tensors are what classifiers,
+detectors and segmentors have in common; nothing is asked of their losses.
 
-Sources: Hinton et al., arXiv 1503.02531 (a network learns from another one's outputs); FitNets,
-Romero et al., arXiv 1412.6550, section 2.2 (it learns from features, by their squared difference).
-Here the difference is divided by the mean square of the dense features, which makes one weight fit
-networks and stages of any scale.
+Sources: Hinton et al., arXiv 1503.02531 (a network learns from another one's outputs); Kim et al.,
+arXiv 2105.08919 (for which the squared difference of class scores does as well as the divergence of
+their softmax, or better); FitNets, Romero et al., arXiv 1412.6550, section 2.2 (it learns from
+features, by their squared difference). Here the difference is divided by the mean square of what
+the dense network gives, which makes one weight fit networks, stages and heads of any scale.
 """
 
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 
 from mmsmart.engine.config import build
 from mmsmart.engine.processes import same_everywhere
+from mmsmart.engine.raw_forward import RawForward, last_layers
 
 # The least mean square to divide by: features that are zero have no scale.
 _SMALLEST = 1e-6
@@ -30,9 +33,15 @@ _SMALLEST = 1e-6
 
 @dataclass(frozen=True)
 class Distillation:
-    """`smart.distillation`: what a relative distance of 1 between the features adds to the loss."""
+    """`smart.distillation`: what a relative distance of 1 from the dense network adds to the loss.
+
+    Args:
+        weight: That, above 0.
+        of: What is compared: the `'features'` of the backbone, or the network's `'outputs'`.
+    """
 
     weight: float = 1.0
+    of: str = 'features'
 
     def __post_init__(self) -> None:
         weight = self.weight
@@ -41,6 +50,14 @@ class Distillation:
                 f'smart.distillation.weight: expected a number above 0, got {weight!r}. Without '
                 'distillation, leave smart.distillation out.'
             )
+        if self.of not in TEACHERS:
+            raise ValueError(
+                f'smart.distillation.of: got {self.of!r}, allowed are {tuple(TEACHERS)}.'
+            )
+
+    def teacher(self, model: nn.Module) -> Teacher:
+        """What compares a model with the dense network that it is now."""
+        return TEACHERS[self.of](model, self.weight)
 
 
 def read_distillation(written: float | dict[str, Any] | None) -> Distillation | None:
@@ -51,7 +68,7 @@ def read_distillation(written: float | dict[str, Any] | None) -> Distillation | 
 
     Example:
         >>> read_distillation(0.5)
-        Distillation(weight=0.5)
+        Distillation(weight=0.5, of='features')
     """
     if written is None:
         return None
@@ -59,81 +76,59 @@ def read_distillation(written: float | dict[str, Any] | None) -> Distillation | 
     return build(Distillation, 'smart.distillation', written)
 
 
-class DenseFeatures:
-    """The dense network's features, kept beside a model, and the distance of the model's from them.
+class Teacher(ABC):
+    """The dense network, kept beside a model, and the distance of the model from it.
 
     Nothing of it belongs to the model: no submodule, no state-dict key, and hooks only inside
-    :meth:`compared`.
+    :meth:`compared`. Subclasses say what is compared.
 
     Args:
-        model: A model with a `backbone`, before its forward passes.
+        taught: The model, or the part of it that is compared, before its forward passes.
         weight: Factor of the distance in the loss.
-
-    Raises:
-        ValueError: If the model has no backbone.
     """
 
-    def __init__(self, model: nn.Module, weight: float = 1.0) -> None:
-        if not isinstance(getattr(model, 'backbone', None), nn.Module):
-            raise ValueError(
-                f'smart.distillation: {type(model).__name__} has no `backbone`, whose features '
-                'would be compared. Leave smart.distillation out.'
-            )
+    _called = 'model'
+
+    def __init__(self, taught: nn.Module, weight: float) -> None:
         self.weight = weight
         self.begun = False
-        self._backbone = model.backbone
+        self._taught = taught
         # Now, and filled later: what a forward pass may leave on a module can't always be copied.
-        self._dense = copy.deepcopy(model.backbone).requires_grad_(False)
+        self._dense = copy.deepcopy(taught).requires_grad_(False)
         self._dense.eval()  # which gives nothing back where `train` is one of OpenMMLab's
         self._distances: list[Tensor] = []
 
     def begin(self) -> None:
         """The dense network is the one that the model is now, in every process the first one's."""
-        self._dense.load_state_dict(self._backbone.state_dict())
+        self._dense.load_state_dict(self._taught.state_dict())
         for tensor in self._dense.state_dict().values():  # running statistics differ
             same_everywhere(tensor)
         self.begun = True
 
     @contextmanager
     def compared(self) -> Iterator[None]:
-        """Inside, each forward pass of the backbone with gradients is compared, once begun."""
+        """Inside, each forward pass of the model with gradients is compared, once begun."""
         self._distances = []
-        if not self.begun:
+        with ExitStack() as hooks:
+            if self.begun:
+                self._watch(hooks)
             yield
-            return
-        wanted: list[Any] = []
 
-        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            # Before, while the model's own activations take no memory yet.
-            if torch.is_grad_enabled():
-                with torch.no_grad():
-                    wanted.append(self._dense(*args, **kwargs))
-
-        def after(module: nn.Module, args: tuple[Any, ...], given: Any) -> None:
-            if torch.is_grad_enabled():
-                self._distances.append(feature_distance(given, wanted.pop()))
-
-        handles = [
-            self._backbone.register_forward_pre_hook(before, with_kwargs=True),
-            self._backbone.register_forward_hook(after),
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    @abstractmethod
+    def _watch(self, hooks: ExitStack) -> None:
+        """Put hooks on the model that add a distance for each forward pass with gradients."""
 
     def distance(self) -> Tensor:
         """Mean distance over the forward passes of this training step, with its gradient.
 
         Raises:
-            RuntimeError: If the backbone was not called.
+            RuntimeError: If what is compared was not called.
         """
         distances, self._distances = self._distances, []
         if not distances:
             raise RuntimeError(
-                'smart.distillation: the training step never called the backbone, or not inside '
-                '`optim_wrapper.optim_context`. Leave smart.distillation out.'
+                f'smart.distillation: the training step never called the {self._called}, or not '
+                'inside `optim_wrapper.optim_context`. Leave smart.distillation out.'
             )
         return torch.stack(distances).mean()
 
@@ -146,6 +141,114 @@ class DenseFeatures:
         self.begun = bool(state)
         if self.begun:
             self._dense.load_state_dict(state)
+
+
+class DenseFeatures(Teacher):
+    """Compares the feature maps that the backbone gives.
+
+    Args:
+        model: A model with a `backbone`.
+        weight: Factor of the distance in the loss.
+
+    Raises:
+        ValueError: If the model has no backbone.
+    """
+
+    _called = 'backbone'
+
+    def __init__(self, model: nn.Module, weight: float = 1.0) -> None:
+        if not isinstance(getattr(model, 'backbone', None), nn.Module):
+            raise ValueError(
+                f'smart.distillation: {type(model).__name__} has no `backbone`, whose features '
+                'would be compared. Leave smart.distillation out.'
+            )
+        super().__init__(model.backbone, weight)
+
+    def _watch(self, hooks: ExitStack) -> None:
+        wanted: list[Any] = []
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            # Before, while the model's own activations take no memory yet.
+            if torch.is_grad_enabled():
+                with torch.no_grad():
+                    wanted.append(self._dense(*args, **kwargs))
+
+        def after(module: nn.Module, args: tuple[Any, ...], given: Any) -> None:
+            if torch.is_grad_enabled():
+                self._distances.append(feature_distance(given, wanted.pop()))
+
+        _hook(hooks, self._taught.register_forward_pre_hook(before, with_kwargs=True))
+        _hook(hooks, self._taught.register_forward_hook(after))
+
+
+class DenseOutputs(Teacher):
+    """Compares what the last layers give: class scores, boxes, maps of class scores.
+
+    The last layers are found on the first batch: those whose results are what
+    :class:`mmsmart.engine.raw_forward.RawForward` gives. An output that is computed out of a
+    layer's result, as by an exponential, is not compared.
+
+    Args:
+        model: A model of OpenMMLab's, whose forward pass takes `inputs`.
+        weight: Factor of the distance in the loss.
+    """
+
+    def __init__(self, model: nn.Module, weight: float = 1.0) -> None:
+        super().__init__(model, weight)
+        self._last: list[str] = []
+
+    def _watch(self, hooks: ExitStack) -> None:
+        wanted: list[dict[str, list[Tensor]]] = []
+        given: dict[str, list[Tensor]] = {}
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if torch.is_grad_enabled():
+                inputs = args[0] if args else kwargs['inputs']
+                given.clear()
+                wanted.append(self._wanted(inputs))
+                _record(passing, self._taught, self._last, given)
+
+        def after(module: nn.Module, args: tuple[Any, ...], losses: Any) -> None:
+            if torch.is_grad_enabled():
+                passing.close()
+                self._distances.append(feature_distance(given, wanted.pop()))
+
+        passing = hooks.enter_context(ExitStack())  # hooks of one forward pass
+        _hook(hooks, self._taught.register_forward_pre_hook(before, with_kwargs=True))
+        _hook(hooks, self._taught.register_forward_hook(after))
+
+    @torch.no_grad()
+    def _wanted(self, inputs: Tensor) -> dict[str, list[Tensor]]:
+        outputs: dict[str, list[Tensor]] = {}
+        forward = RawForward(self._dense)
+        if not self._last:
+            try:
+                self._last = last_layers(forward, inputs[:1])
+            except ValueError as error:
+                raise ValueError(
+                    f"smart.distillation.of: 'outputs' can't be compared. {error} Write "
+                    "of='features'."
+                ) from error
+        with ExitStack() as hooks:
+            _record(hooks, self._dense, self._last, outputs)
+            forward(inputs)
+        return outputs
+
+
+def _record(
+    hooks: ExitStack, model: nn.Module, layers: list[str], results: dict[str, list[Tensor]]
+) -> None:
+    """Add the results of these layers, call by call, as long as the hooks are there."""
+    for name in layers:
+
+        def add(module: nn.Module, args: Any, result: Tensor, name: str = name) -> None:
+            results.setdefault(name, []).append(result)
+
+        _hook(hooks, model.get_submodule(name).register_forward_hook(add))
+
+
+def _hook(hooks: ExitStack, handle: torch.utils.hooks.RemovableHandle) -> None:
+    hooks.callback(handle.remove)
 
 
 def feature_distance(given: Any, wanted: Any) -> Tensor:
@@ -177,8 +280,8 @@ def feature_distance(given: Any, wanted: Any) -> Tensor:
             ratios.append((x - target).square().mean() / scale)
     if not ratios:
         raise ValueError(
-            'smart.distillation: in training and in evaluation the backbone gives no feature map '
-            'of the same shape, so none can be compared. Leave smart.distillation out.'
+            'smart.distillation: in training and in evaluation the model gives no feature map of '
+            'the same shape, so none can be compared. Leave smart.distillation out.'
         )
     return torch.stack(ratios).mean()
 
@@ -190,3 +293,6 @@ def _feature_maps(outputs: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[A
         items = outputs.items() if isinstance(outputs, dict) else enumerate(outputs)
         for key, output in items:
             yield from _feature_maps(output, (*place, key))
+
+
+TEACHERS: dict[str, type[Teacher]] = {'features': DenseFeatures, 'outputs': DenseOutputs}

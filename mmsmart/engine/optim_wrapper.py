@@ -20,7 +20,7 @@ from mmengine.registry import OPTIMIZERS
 from torch import Tensor, nn
 
 from mmsmart.engine.config import ImportanceOptimizer, build
-from mmsmart.engine.distillation import DenseFeatures
+from mmsmart.engine.distillation import Teacher
 from mmsmart.engine.processes import same_everywhere
 from mmsmart.masking import BlockMasks
 from mmsmart.registry import OPTIM_WRAPPERS
@@ -40,9 +40,9 @@ class MaskedStep:
         self.masks: BlockMasks | None = None
         self.importance_optimizer: torch.optim.Optimizer | None = None
         self.temperature: float | None = None
-        self.distillation: DenseFeatures | None = None
+        self.distillation: Teacher | None = None
 
-    def attach(self, masks: BlockMasks, distillation: DenseFeatures | None = None) -> None:
+    def attach(self, masks: BlockMasks, distillation: Teacher | None = None) -> None:
         """Take over the masks of the model whose parameters the optimiser holds.
 
         Args:
@@ -138,7 +138,14 @@ class MaskedStep:
                 f'{here} it. Resume with the same smart.distillation, or start anew from its '
                 'weights with `load_from`.'
             )
-        self.distillation.load_state_dict(state or {})
+        try:
+            self.distillation.load_state_dict(state or {})
+        except RuntimeError as error:
+            raise ValueError(
+                'resume: the checkpoint is of a run with another smart.distillation.of, or of '
+                'another model. Resume with the same, or start anew from its weights with '
+                '`load_from`.'
+            ) from error
 
     def _attached(self) -> BlockMasks:
         if self.masks is None:

@@ -21,7 +21,7 @@ from mmsmart.engine.config import (
     make_method,
 )
 from mmsmart.engine.diagnosis import check_checkpoint
-from mmsmart.engine.distillation import DenseFeatures, read_distillation
+from mmsmart.engine.distillation import read_distillation
 from mmsmart.engine.optim_wrapper import MaskedStep
 from mmsmart.engine.outcome import write_outcome
 from mmsmart.engine.pictures import show_masks
@@ -52,8 +52,8 @@ class SmartPruningHook(Hook):
         temperature: `dict(start=1.0, end=0.01, shape='geometric')`.
         importance: `dict(init='magnitude', scale=0.1, batches=16, curvature=1.0)`: where the
             search starts, and how strongly the importance follows the curvature of the loss.
-        distillation: `dict(weight=1.0)`, or the weight: from the search on, the loss keeps the
-            backbone's features near those of the dense network.
+        distillation: `dict(weight=1.0, of='features')`, or the weight: from the search on, the
+            loss keeps the backbone's features, or the network's outputs, near the dense ones.
         recalibrate: Training batches over which BatchNorm's statistics are measured anew when the
             masks turn hard.
 
@@ -114,7 +114,7 @@ class SmartPruningHook(Hook):
             settings.setdefault('curvature', self.start.curvature)
         masks.method = make_method(self.method, settings)
         settings = self.distillation
-        wrapper.attach(masks, settings and DenseFeatures(model, settings.weight))
+        wrapper.attach(masks, settings and settings.teacher(model))
         if runner.cfg.get('compile'):  # of a train step, what moves masks and weights is no part
             wrapper.step = torch.compiler.disable(wrapper.step)
         self.masks = masks

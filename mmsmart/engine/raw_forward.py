@@ -121,6 +121,58 @@ class RawForward(nn.Module):
         return outputs
 
 
+@torch.no_grad()
+def last_layers(forward: RawForward, inputs: Tensor) -> list[str]:
+    """Names of the model's layers whose results are its outputs, as they are or in another shape.
+
+    Args:
+        forward: The model.
+        inputs: Preprocessed images `(N, C, H, W)`, one is enough.
+
+    Raises:
+        ValueError: If every output is computed out of what layers give, as by an exponential.
+
+    Example:
+        >>> class Classifier(nn.Sequential):
+        ...     def forward(self, inputs, mode):
+        ...         return super().forward(inputs)
+        >>> model = Classifier(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 3))
+        >>> last_layers(RawForward(model), torch.ones(1, 2))
+        ['2']
+    """
+    made_by: dict[int, str] = {}
+    held = []  # all results at once, so that no two of them take the same memory by turns
+    handles = []
+    for name, module in forward.model.named_modules():
+        if next(module.children(), None) is None:
+
+            def note(module: nn.Module, args: Any, result: Any, name: str = name) -> None:
+                if isinstance(result, Tensor):
+                    held.append(result)
+                    made_by[_memory(result)] = name
+
+            handles.append(module.register_forward_hook(note))
+    try:
+        # Mixed precision may end in a cast, whose result is another tensor.
+        with torch.autocast(inputs.device.type, enabled=False):
+            outputs = forward(inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    places = [_memory(output) for output in outputs]
+    found = list(dict.fromkeys(made_by[place] for place in places if place in made_by))
+    if not found:
+        raise ValueError(
+            f'{type(forward.model).__name__}: none of its outputs is what a layer gives; all are '
+            'computed out of that.'
+        )
+    return found
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
 def example_input(config: Config, shape: Sequence[int] | None = None) -> Tensor:
     """One image of noise, of the size at which the config tests its model: `(1, C, H, W)`.
 

@@ -97,6 +97,10 @@ WRONG = {
     ),
     'distillation of no weight': (dict(distillation=0), ['smart.distillation.weight', '0']),
     'distillation as a word': (dict(distillation='on'), ['smart.distillation.weight', "'on'"]),
+    'distillation of something else': (
+        dict(distillation=dict(of='logits')),
+        ['smart.distillation.of', "'logits'", "('features', 'outputs')"],
+    ),
     'unknown key of the distillation': (
         dict(distillation=dict(wait=1.0)),
         ['smart.distillation', "'wait'", "Did you mean 'weight'?"],

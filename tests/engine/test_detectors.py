@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 from pathlib import Path
 
@@ -228,6 +229,20 @@ def test_amp_of_the_detection_tool_keeps_the_masks(tmp_path, retinanet_run):
     checkpoint = torch.load(work_dir / 'iter_6.pth', weights_only=False)
     assert 'loss_scaler' in checkpoint['optimizer']
     assert checkpoint['optimizer']['smart']['masks']['state'] == 'hard'
+
+
+def test_outputs_of_a_head_shared_over_five_levels_are_distilled(tmp_path, retinanet_run):
+    pruned, work_dir = retinanet_run
+    assert_finished(
+        run_tool_undrawn, stock_tool('train.py', 'mmdet'), pruned, '--work-dir', tmp_path / 'work',
+        '--cfg-options', 'smart.distillation.weight=0.1', 'smart.distillation.of=outputs',
+        log=tmp_path / 'log',
+    )  # fmt: skip
+    distances = [x['distillation'] for x in scalars(tmp_path / 'work') if 'distillation' in x]
+    assert distances and all(0 < distance < math.inf for distance in distances)
+    assert pruned_weights(tmp_path / 'work').keys() == pruned_weights(work_dir).keys()
+    state = torch.load(tmp_path / 'work' / 'iter_6.pth', weights_only=False)
+    assert state['optimizer']['smart']['distillation'].keys() == state['state_dict'].keys()
 
 
 def test_mask_rcnn_with_deformable_standardised_and_transposed_layers(tmp_path, coco):

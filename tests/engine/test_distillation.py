@@ -1,4 +1,4 @@
-"""With `smart.distillation`, the pruned network's features stay near those of the dense one."""
+"""With `smart.distillation`, the pruned network stays near the dense one."""
 
 from __future__ import annotations
 
@@ -16,10 +16,17 @@ from engine.runs import merged, pruned_weights, smart_config, train
 from engine.test_resume import ACCUMULATION, DROPOUT, EMA, assert_resumes, run_of
 from mmsmart import install_masks
 from mmsmart.engine import SmartAmpOptimWrapper, SmartOptimWrapper
-from mmsmart.engine.distillation import DenseFeatures, feature_distance, read_distillation
+from mmsmart.engine.distillation import (
+    TEACHERS,
+    DenseFeatures,
+    DenseOutputs,
+    feature_distance,
+    read_distillation,
+)
 
 WEIGHT = 3.0
 DISTILLED = dict(distillation=WEIGHT)
+OUTPUTS = dict(distillation=dict(weight=0.01, of='outputs'))  # of a network hardly trained
 
 
 class Backbone(nn.Module):
@@ -50,7 +57,7 @@ class Network(BaseModel):
     def forward(self, inputs, mode='loss'):
         features = self.backbone(inputs.clone())
         scores = self.head(features['late'][0].mean((2, 3)))
-        return dict(loss=scores.square().mean())
+        return scores if mode == 'tensor' else dict(loss=scores.square().mean())
 
 
 def network(**backbone):
@@ -66,28 +73,39 @@ def batch(seed=0):
     return dict(inputs=images)
 
 
-def searching(weight=WEIGHT, wrapper_type=SmartOptimWrapper, model=None, lr=0.05, **settings):
+def searching(
+    weight=WEIGHT,
+    wrapper_type=SmartOptimWrapper,
+    model=None,
+    lr=0.05,
+    of='features',
+    **settings,
+):
     """A small model in the middle of a search, its wrapper and the model that it was."""
     model = network() if model is None else model
     dense = copy.deepcopy(model)
     masks = install_masks(model, sparsity=0.5, block=(2, 2, 1, 1))
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
     wrapper = wrapper_type(optimizer=optimizer, **settings)
-    features = DenseFeatures(model, weight) if weight else None
-    wrapper.attach(masks, features)
-    if features:
-        features.begin()
+    teacher = TEACHERS[of](model, weight) if weight else None
+    wrapper.attach(masks, teacher)
+    if teacher:
+        teacher.begin()
     masks.begin(torch.randn(masks.num_blocks, generator=torch.Generator().manual_seed(2)), 1.0)
     return model, wrapper, dense
 
 
-def distance_by_hand(model, dense, images):
-    dense = dense.eval().backbone
+def distance_by_hand(model, dense, images, of='features'):
+    dense = dense.eval()
     with torch.no_grad():
-        early = dense.norm(dense.stem(images)).relu()
-        wanted = early, dense.rest(early)
+        early = dense.backbone.norm(dense.backbone.stem(images)).relu()
+        wanted = early, dense.backbone.rest(early)
+        scores = dense.head(wanted[1].mean((2, 3)))
     features = model.backbone(images.clone())
     given = features['early'], features['late'][0]
+    if of == 'outputs':
+        difference = model.head(given[1].mean((2, 3))) - scores
+        return (difference**2).sum() / (scores**2).sum()
     ratios = [((a - b) ** 2).sum() / (b**2).sum() for a, b in zip(given, wanted)]
     return sum(ratios) / 2
 
@@ -100,11 +118,12 @@ def gradients_of_a_step(model, wrapper, images):
     return [parameter.grad for parameter in model.parameters()]
 
 
+@pytest.mark.parametrize('of', TEACHERS)
 @pytest.mark.parametrize('recomputed', [False, True])
-def test_gradient_is_that_of_the_loss_and_the_weighted_distance(recomputed):
-    model, wrapper, dense = searching(model=network(recomputed=recomputed))
+def test_gradient_is_that_of_the_loss_and_the_weighted_distance(recomputed, of):
+    model, wrapper, dense = searching(model=network(recomputed=recomputed), of=of)
     images = batch()['inputs']
-    loss = model.train()(images)['loss'] + WEIGHT * distance_by_hand(model, dense, images)
+    loss = model.train()(images)['loss'] + WEIGHT * distance_by_hand(model, dense, images, of)
     expected = torch.autograd.grad(loss, list(model.parameters()))
     for given, wanted in zip(gradients_of_a_step(model, wrapper, batch()), expected):
         torch.testing.assert_close(given, wanted)
@@ -119,15 +138,16 @@ def test_without_distillation_a_step_is_that_of_the_loss_alone():
     assert all(torch.equal(one, other) for one, other in zip(given, expected))
 
 
-def test_forward_passes_of_a_step_count_the_same():
-    model, wrapper, dense = searching()
+@pytest.mark.parametrize('of', TEACHERS)
+def test_forward_passes_of_a_step_count_the_same(of):
+    model, wrapper, dense = searching(of=of)
     with wrapper.optim_context(model):
         for seed in range(3):
             model(**batch(seed))
         with torch.no_grad():
             model(**batch(3))  # such as a teacher's: not what is trained
     given = wrapper.distillation.distance()
-    each = [distance_by_hand(model, dense, batch(seed)['inputs']) for seed in range(3)]
+    each = [distance_by_hand(model, dense, batch(seed)['inputs'], of) for seed in range(3)]
     torch.testing.assert_close(given, sum(each) / 3)
 
 
@@ -141,27 +161,32 @@ def test_half_of_a_batch_counts_half():
         torch.testing.assert_close(2 * half, full)
 
 
-def test_features_come_nearer_and_without_it_they_leave():
+@pytest.mark.parametrize(
+    ('of', 'strong', 'lr'), [('features', 30.0, 0.05), ('outputs', 300.0, 0.01)]
+)
+def test_what_is_compared_comes_nearer_and_without_it_leaves(of, strong, lr):
     ends = {}
-    for weight, steps in ((30.0, 0), (None, 20), (30.0, 20)):
-        model, wrapper, dense = searching(weight)
-        for seed in range(steps):
-            model.train_step(batch(seed), wrapper)
+    for weight, steps in ((strong, 0), (None, 60), (strong, 60)):
+        model, wrapper, dense = searching(weight, lr=lr, of=of)
+        for _ in range(steps):
+            model.train_step(batch(), wrapper)
         with torch.no_grad():
-            images = batch(99)['inputs']
-            ends[weight, steps] = float(distance_by_hand(model.train(), dense, images))
-    assert ends[30.0, 20] < ends[30.0, 0] < ends[None, 20]
+            images = batch()['inputs']
+            ends[weight, steps] = float(distance_by_hand(model.train(), dense, images, of))
+    assert ends[strong, 60] < ends[strong, 0] < ends[None, 60]
 
 
-def test_dense_network_is_neither_trained_nor_random():
-    model, wrapper, _ = searching(model=network(dropout=0.5))
+@pytest.mark.parametrize('of', TEACHERS)
+def test_dense_network_is_neither_trained_nor_random(of):
+    model, wrapper, _ = searching(model=network(dropout=0.5), of=of)
     before = copy.deepcopy(wrapper.distillation.state_dict())
     torch.manual_seed(7)
     for seed in range(3):
         model.train_step(batch(seed), wrapper)
     drawn = torch.rand(1)
     after = wrapper.distillation.state_dict()
-    assert before.keys() == {key for key in model.backbone.state_dict()}
+    taught = model if of == 'outputs' else model.backbone
+    assert before.keys() == {key for key in taught.state_dict()}
     assert all(torch.equal(before[key], after[key]) for key in before)
     model, wrapper, _ = searching(weight=None, model=network(dropout=0.5))
     torch.manual_seed(7)
@@ -170,11 +195,15 @@ def test_dense_network_is_neither_trained_nor_random():
     assert torch.equal(drawn, torch.rand(1))
 
 
-def test_model_stays_the_stock_model():
-    model, wrapper, dense = searching()
+@pytest.mark.parametrize('of', TEACHERS)
+def test_model_stays_the_stock_model(of):
+    model, wrapper, dense = searching(of=of)
     model.train_step(batch(), wrapper)
+    model.head.forward = None  # a forward pass that fails on the way
+    with pytest.raises(TypeError, match='NoneType'), wrapper.optim_context(model):
+        model(**batch())
     assert model.state_dict().keys() == dense.state_dict().keys()
-    assert not model.backbone._forward_hooks and not model.backbone._forward_pre_hooks
+    assert not any(x._forward_hooks or x._forward_pre_hooks for x in model.modules())
     assert len(list(model.modules())) == len(list(dense.modules()))
 
 
@@ -215,9 +244,17 @@ def test_model_without_a_backbone_is_refused():
         DenseFeatures(nn.Linear(2, 2))
 
 
-def test_step_that_never_calls_the_backbone_is_refused():
-    model, wrapper, _ = searching()
-    with pytest.raises(RuntimeError, match=r'smart\.distillation: .* never called the backbone'):
+def test_outputs_that_no_layer_gives_are_refused():
+    model, wrapper, _ = searching(of='outputs')
+    wrapper.distillation._dense.forward = lambda inputs, mode: 2 * inputs
+    with pytest.raises(ValueError, match=r"smart\.distillation\.of: 'outputs' can't be compared"):
+        model.train_step(batch(), wrapper)
+
+
+@pytest.mark.parametrize(('of', 'called'), [('features', 'backbone'), ('outputs', 'model')])
+def test_step_that_calls_nothing_is_refused(of, called):
+    model, wrapper, _ = searching(of=of)
+    with pytest.raises(RuntimeError, match=rf'smart\.distillation: .* never called the {called}'):
         wrapper.update_params(model.head.weight.sum())
 
 
@@ -227,14 +264,18 @@ def test_number_is_the_weight():
     assert read_distillation(None) is None
 
 
-@pytest.mark.parametrize(('saved', 'now'), [(None, WEIGHT), (WEIGHT, None)])
+@pytest.mark.parametrize(
+    ('saved', 'now'),
+    [(None, DenseFeatures), ('features', None), ('features', DenseOutputs),
+     ('outputs', DenseFeatures)],
+)  # fmt: skip
 def test_resume_with_another_distillation_is_refused(saved, now):
-    _, wrapper, _ = searching(saved)
+    _, wrapper, _ = searching(saved and WEIGHT, of=saved)
     state = wrapper.state_dict()
     model = network()
     masks = install_masks(model, sparsity=0.5, block=(2, 2, 1, 1))
     other = SmartOptimWrapper(optimizer=torch.optim.SGD(model.parameters(), lr=0.05))
-    other.attach(masks, now and DenseFeatures(model, now))
+    other.attach(masks, now and now(model))
     with pytest.raises(ValueError, match=r'resume: .* smart\.distillation'):
         other.load_state_dict(state)
 
@@ -284,12 +325,14 @@ def test_data_and_dropout_are_those_of_a_run_without_it(distilled, tmp_path):
     assert plain[7]['loss'] != notes[7]['loss']
 
 
-def test_run_with_distillation_resumes(tmp_path):
-    config = merged(run_of(tmp_path, DROPOUT, ACCUMULATION, EMA), dict(smart=DISTILLED))
+@pytest.mark.parametrize('settings', [DISTILLED, OUTPUTS], ids=TEACHERS)
+def test_run_with_distillation_resumes(tmp_path, settings):
+    config = merged(run_of(tmp_path, DROPOUT, ACCUMULATION, EMA), dict(smart=settings))
     assert_resumes(tmp_path, config, 9, 15, 21)
 
 
-def test_two_processes_distil_the_same_network(tmp_path):
-    one, two = train_on(2, smart_config(tmp_path, DISTILLED))
+@pytest.mark.parametrize('settings', [DISTILLED, OUTPUTS], ids=TEACHERS)
+def test_two_processes_distil_the_same_network(tmp_path, settings):
+    one, two = train_on(2, smart_config(tmp_path, settings))
     assert [note['mask'] for note in one] == [note['mask'] for note in two]
     assert one[5]['loss'] != two[5]['loss']

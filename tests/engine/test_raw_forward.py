@@ -9,7 +9,7 @@ from torch import nn
 
 from mmsmart.cost import count_positions
 from mmsmart.engine.export import load_model, read_config
-from mmsmart.engine.raw_forward import RawForward, example_input
+from mmsmart.engine.raw_forward import RawForward, example_input, last_layers
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
 
@@ -67,6 +67,38 @@ def test_every_trained_weight_of_the_model_gets_a_gradient(name, edge, first, ra
     sum(output.square().sum() for output in outputs).backward()
     dead = [key for key, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert dead == []
+
+
+LAST = {
+    'mmpretrain/resnet18_digits': ['head.fc'],
+    'mmpretrain/deit-small_4xb256_in1k_smart': ['head.layers.head'],
+    'mmdet/yolox_tiny_8xb8-300e_coco_smart': [
+        f'bbox_head.multi_level_conv_{kind}.{i}' for kind in ('cls', 'reg', 'obj') for i in range(3)
+    ],
+    'mmdet/retinanet_r18_fpn_1x_coco_smart': ['bbox_head.retina_cls', 'bbox_head.retina_reg'],
+    'mmdet/mask-rcnn_r18_fpn_scenes': [
+        'rpn_head.rpn_cls', 'rpn_head.rpn_reg', *(f'neck.fpn_convs.{i}.conv' for i in range(4))
+    ],
+    'mmdet/rtmdet_s_8xb32-300e_coco_smart': [f'bbox_head.rtm_cls.{i}' for i in range(3)],
+    'mmseg/deeplabv3plus_r18-d8_4xb2-80k_cityscapes-512x1024_smart': ['decode_head.conv_seg'],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('name', LAST)
+def test_last_layers_are_those_whose_results_are_outputs(name):
+    model, images = built(name, 64)
+    assert last_layers(RawForward(model.eval()), images) == LAST[name]
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+class Exponential(nn.Sequential):
+    def forward(self, inputs, mode):
+        return super().forward(inputs).exp()
+
+
+def test_model_whose_outputs_are_computed_has_no_last_layers():
+    with pytest.raises(ValueError, match='Exponential: none of its outputs is what a layer gives'):
+        last_layers(RawForward(Exponential(nn.Linear(2, 2))), torch.ones(1, 2))
 
 
 def test_a_classifier_gives_the_scores_of_its_head():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+
 import cv2
 import numpy as np
 import pytest
@@ -109,3 +112,18 @@ def test_amp_of_the_segmentation_tool_keeps_the_masks(tmp_path, deeplab_run):
     checkpoint = torch.load(work_dir / 'iter_30.pth', weights_only=False)
     assert 'loss_scaler' in checkpoint['optimizer']
     assert checkpoint['optimizer']['smart']['masks']['state'] == 'hard'
+
+
+def test_maps_of_class_scores_are_distilled(tmp_path, deeplab_run):
+    _, pruned, *_ = deeplab_run
+    work_dir = tmp_path / 'work'
+    assert_finished(
+        run_tool_undrawn, stock_tool('train.py', 'mmseg'), pruned, '--work-dir', work_dir,
+        '--cfg-options', 'smart.distillation.weight=0.1', 'smart.distillation.of=outputs',
+        log=tmp_path / 'log',
+    )  # fmt: skip
+    assert_on_budget(work_dir)
+    (path,) = work_dir.glob('*/vis_data/scalars.json')
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    distances = [line['distillation'] for line in lines if 'distillation' in line]
+    assert distances and all(0 < distance < math.inf for distance in distances)
