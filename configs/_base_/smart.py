@@ -13,8 +13,8 @@ smart = dict(
     # max_drop: instead of a sparsity, points of the validated metric that may be lost, for which
     #     short runs find the highest
     # latency: for budgets of latency, path of a YAML or JSON table, or the table as a dict
-    # distillation: a term in the loss that keeps the network near the dense one, in its features
-    #     or in its outputs, such as dict(weight=5.0, of='outputs')
+    # distillation: weight of a term in the loss that keeps the network's outputs near those of the
+    #     dense one, or dict(weight=5.0, of='outputs'), or 'features', the backbone's
     # (out, in, kh, kw), -1 is the whole axis, or as a string, '16x8'; '2:4', two of every four
     # weights along the input axis; or 'channel', coupled channels that can be cut out
     block=(16, 8, 1, 1),

@@ -1,7 +1,7 @@
-"""Distillation: the pruned network stays near the dense one, in its features or in its outputs.
+"""Distillation: the pruned network stays near the dense one, in its outputs or in its features.
 
 A frozen copy of the network, made as the search begins, sees the same batches, and the loss gets a
-term for how far features or outputs have moved away from its own. Tensors are what classifiers,
+term for how far outputs or features have moved away from its own. Tensors are what classifiers,
 detectors and segmentors have in common; nothing is asked of their losses.
 
 Sources: Hinton et al., arXiv 1503.02531 (a network learns from another one's outputs); Kim et al.,
@@ -37,11 +37,11 @@ class Distillation:
 
     Args:
         weight: That, above 0.
-        of: What is compared: the `'features'` of the backbone, or the network's `'outputs'`.
+        of: What is compared: the network's `'outputs'`, or the `'features'` of the backbone.
     """
 
-    weight: float = 1.0
-    of: str = 'features'
+    weight: float = 5.0
+    of: str = 'outputs'
 
     def __post_init__(self) -> None:
         weight = self.weight
@@ -68,7 +68,7 @@ def read_distillation(written: float | dict[str, Any] | None) -> Distillation | 
 
     Example:
         >>> read_distillation(0.5)
-        Distillation(weight=0.5, of='features')
+        Distillation(weight=0.5, of='outputs')
     """
     if written is None:
         return None
@@ -156,7 +156,7 @@ class DenseFeatures(Teacher):
 
     _called = 'backbone'
 
-    def __init__(self, model: nn.Module, weight: float = 1.0) -> None:
+    def __init__(self, model: nn.Module, weight: float) -> None:
         if not isinstance(getattr(model, 'backbone', None), nn.Module):
             raise ValueError(
                 f'smart.distillation: {type(model).__name__} has no `backbone`, whose features '
@@ -193,7 +193,7 @@ class DenseOutputs(Teacher):
         weight: Factor of the distance in the loss.
     """
 
-    def __init__(self, model: nn.Module, weight: float = 1.0) -> None:
+    def __init__(self, model: nn.Module, weight: float) -> None:
         super().__init__(model, weight)
         self._last: list[str] = []
 
@@ -227,7 +227,7 @@ class DenseOutputs(Teacher):
             except ValueError as error:
                 raise ValueError(
                     f"smart.distillation.of: 'outputs' can't be compared. {error} Write "
-                    "of='features'."
+                    "smart.distillation.of='features'."
                 ) from error
         with ExitStack() as hooks:
             _record(hooks, self._dense, self._last, outputs)
@@ -295,4 +295,4 @@ def _feature_maps(outputs: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[A
             yield from _feature_maps(output, (*place, key))
 
 
-TEACHERS: dict[str, type[Teacher]] = {'features': DenseFeatures, 'outputs': DenseOutputs}
+TEACHERS: dict[str, type[Teacher]] = {'outputs': DenseOutputs, 'features': DenseFeatures}

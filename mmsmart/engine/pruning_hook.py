@@ -52,8 +52,8 @@ class SmartPruningHook(Hook):
         temperature: `dict(start=1.0, end=0.01, shape='geometric')`.
         importance: `dict(init='magnitude', scale=0.1, batches=16, curvature=1.0)`: where the
             search starts, and how strongly the importance follows the curvature of the loss.
-        distillation: `dict(weight=1.0, of='features')`, or the weight: from the search on, the
-            loss keeps the backbone's features, or the network's outputs, near the dense ones.
+        distillation: `dict(weight=5.0, of='outputs')`, or the weight: from the search on, the
+            loss keeps the network's outputs, or the backbone's features, near the dense ones.
         recalibrate: Training batches over which BatchNorm's statistics are measured anew when the
             masks turn hard.
 

@@ -99,7 +99,7 @@ WRONG = {
     'distillation as a word': (dict(distillation='on'), ['smart.distillation.weight', "'on'"]),
     'distillation of something else': (
         dict(distillation=dict(of='logits')),
-        ['smart.distillation.of', "'logits'", "('features', 'outputs')"],
+        ['smart.distillation.of', "'logits'", "('outputs', 'features')"],
     ),
     'unknown key of the distillation': (
         dict(distillation=dict(wait=1.0)),

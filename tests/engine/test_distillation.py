@@ -25,7 +25,7 @@ from mmsmart.engine.distillation import (
 )
 
 WEIGHT = 3.0
-DISTILLED = dict(distillation=WEIGHT)
+DISTILLED = dict(distillation=dict(weight=WEIGHT, of='features'))
 OUTPUTS = dict(distillation=dict(weight=0.01, of='outputs'))  # of a network hardly trained
 
 
@@ -241,7 +241,7 @@ def test_dead_features_have_a_finite_distance():
 
 def test_model_without_a_backbone_is_refused():
     with pytest.raises(ValueError, match=r'smart\.distillation: Linear has no `backbone`'):
-        DenseFeatures(nn.Linear(2, 2))
+        DenseFeatures(nn.Linear(2, 2), WEIGHT)
 
 
 def test_outputs_that_no_layer_gives_are_refused():
@@ -260,7 +260,7 @@ def test_step_that_calls_nothing_is_refused(of, called):
 
 def test_number_is_the_weight():
     assert read_distillation(2) == read_distillation(dict(weight=2))
-    assert read_distillation(dict()).weight == 1.0
+    assert (read_distillation(dict()).weight, read_distillation(2).of) == (5.0, 'outputs')
     assert read_distillation(None) is None
 
 
@@ -275,7 +275,7 @@ def test_resume_with_another_distillation_is_refused(saved, now):
     model = network()
     masks = install_masks(model, sparsity=0.5, block=(2, 2, 1, 1))
     other = SmartOptimWrapper(optimizer=torch.optim.SGD(model.parameters(), lr=0.05))
-    other.attach(masks, now and now(model))
+    other.attach(masks, now and now(model, WEIGHT))
     with pytest.raises(ValueError, match=r'resume: .* smart\.distillation'):
         other.load_state_dict(state)
 
@@ -325,13 +325,13 @@ def test_data_and_dropout_are_those_of_a_run_without_it(distilled, tmp_path):
     assert plain[7]['loss'] != notes[7]['loss']
 
 
-@pytest.mark.parametrize('settings', [DISTILLED, OUTPUTS], ids=TEACHERS)
+@pytest.mark.parametrize('settings', [OUTPUTS, DISTILLED], ids=TEACHERS)
 def test_run_with_distillation_resumes(tmp_path, settings):
     config = merged(run_of(tmp_path, DROPOUT, ACCUMULATION, EMA), dict(smart=settings))
     assert_resumes(tmp_path, config, 9, 15, 21)
 
 
-@pytest.mark.parametrize('settings', [DISTILLED, OUTPUTS], ids=TEACHERS)
+@pytest.mark.parametrize('settings', [OUTPUTS, DISTILLED], ids=TEACHERS)
 def test_two_processes_distil_the_same_network(tmp_path, settings):
     one, two = train_on(2, smart_config(tmp_path, settings))
     assert [note['mask'] for note in one] == [note['mask'] for note in two]
