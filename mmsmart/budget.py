@@ -118,9 +118,8 @@ class Budget:
 
 def make_budget(target: Target, cost: Cost, total: float, unit: str) -> Budget:
     """The budget of a target: its share of the total."""
-    return Budget(
-        target, cost, total, budget_for(torch.tensor(total).double(), target.sparsity), unit
-    )
+    amount = budget_for(torch.tensor(total, dtype=torch.float64), target.sparsity)
+    return Budget(target, cost, total, amount, unit)
 
 
 def check_sparsity(sparsity: float) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mmsmart.blocks import find_layers
-from mmsmart.budget import budget_for, check_sparsity, read_targets
+from mmsmart.budget import budget_for, check_sparsity, make_budget, read_targets
 from mmsmart.cost import block_cost, count_macs, count_positions
 
 few = settings(max_examples=60)
@@ -42,6 +42,13 @@ def test_the_budget_is_exact_for_a_decimal_sparsity(total, points):
     cost = torch.tensor([float(total)], dtype=torch.float64)
     exact = Fraction(total) * (1 - Fraction(points, 10000))
     assert budget_for(cost, float(f'{points / 10000:.4f}')) == float(exact)
+
+
+@pytest.mark.parametrize('total', [100_000_001.0, 16_777_217.0, 0.1])
+def test_a_total_that_float32_does_not_hold_is_not_rounded(total):
+    for sparsity, kept in ((0.5, total / 2), (0.0, total)):
+        (target,) = read_targets(sparsity, 'params')
+        assert make_budget(target, None, total, 'weights').amount == kept
 
 
 def test_a_sparsity_out_of_numpy_is_a_number():

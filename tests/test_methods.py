@@ -180,6 +180,43 @@ def test_taylor_scores_are_squares_of_summed_products_averaged():
     torch.testing.assert_close(search.masks.method.average, expected, rtol=1e-4, atol=1e-9)
 
 
+def test_taylor_that_never_cut_decides_by_what_it_has_seen():
+    search = Search(METHODS['taylor'](interval=100))
+    search.run(10)
+    twin = Search(METHODS['taylor'](interval=10))
+    twin.run(10)  # whose first cut, after the last step, has seen the same
+    masks = search.masks
+    masks.harden()
+    assert torch.equal(masks.mask(), twin.masks.hard_mask())
+
+
+def test_taylor_leaves_out_a_gradient_that_overflows():
+    search, clean = (Search(METHODS['taylor'](interval=4)) for _ in range(2))
+    for count, images in enumerate(batches(4)):
+        clean.step(images, count / 8)
+        search.step(images, count / 8)
+    overflow = torch.full((search.masks.num_blocks,), torch.inf)
+    search.masks.method.backward(search.masks.plan, search.masks.importance, overflow)
+    for count, images in enumerate(batches(4)):
+        clean.step(images, 0.5 + count / 8)
+        search.step(images, 0.5 + count / 8)
+    assert torch.equal(search.masks.method.average, clean.masks.method.average)
+    assert torch.equal(search.masks.mask(), clean.masks.mask())
+
+
+def test_curvature_leaves_out_a_first_gradient_that_overflows():
+    search, clean = (Search(METHODS['smart'](curvature=1.0)) for _ in range(2))
+    for masks in (search.masks, clean.masks):
+        masks.importance.data.zero_()
+    overflow = torch.full((search.masks.num_blocks,), torch.inf)
+    gradients = 1e-3 * torch.randn(3, search.masks.num_blocks)
+    search.masks.method.backward(search.masks.plan, search.masks.importance, overflow)
+    for gradient in gradients:
+        for masks in (search.masks, clean.masks):
+            masks.method.backward(masks.plan, masks.importance, gradient)
+    torch.testing.assert_close(search.masks.importance, clean.masks.importance)
+
+
 def test_movement_scores_step_against_the_product_of_weight_and_gradient():
     search = Search(METHODS['movement']())
     images = batches(1)[0]

@@ -24,10 +24,12 @@ def build(cls: type, key: str, values: dict[str, Any] | None) -> Any:
     """Make a settings object from a part of the config.
 
     Raises:
-        ValueError: For a key that it does not have, naming the nearest one.
+        ValueError: For what is no dict, or a key that it does not have, naming the nearest one.
     """
-    values = dict(values or {})
     allowed = [item.name for item in fields(cls) if item.init]
+    values = {} if values is None else values
+    if not isinstance(values, dict):
+        raise ValueError(f'{key}: expected a dict with keys of {allowed}, got {values!r}.')
     for name in values:
         if name not in allowed:
             near = difflib.get_close_matches(name, allowed, n=1)

@@ -14,6 +14,7 @@ the dense network gives, which makes one weight fit networks, stages and heads o
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -45,12 +46,13 @@ class Distillation:
 
     def __post_init__(self) -> None:
         weight = self.weight
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not weight > 0:
+        held = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+        if not (held and 0 < weight < math.inf):
             raise ValueError(
                 f'smart.distillation.weight: expected a number above 0, got {weight!r}. Without '
                 'distillation, leave smart.distillation out.'
             )
-        if self.of not in TEACHERS:
+        if self.of not in tuple(TEACHERS):  # of a tuple, anything may be asked
             raise ValueError(
                 f'smart.distillation.of: got {self.of!r}, allowed are {tuple(TEACHERS)}.'
             )
@@ -112,7 +114,12 @@ class Teacher(ABC):
         with ExitStack() as hooks:
             if self.begun:
                 self._watch(hooks)
+            else:
+                self._try(hooks)
             yield
+
+    def _try(self, hooks: ExitStack) -> None:  # noqa: B027, some have nothing to try
+        """Before :meth:`begin`: refuse a model that can't be compared while little is lost."""
 
     @abstractmethod
     def _watch(self, hooks: ExitStack) -> None:
@@ -203,9 +210,8 @@ class DenseOutputs(Teacher):
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if torch.is_grad_enabled():
-                inputs = args[0] if args else kwargs['inputs']
                 given.clear()
-                wanted.append(self._wanted(inputs))
+                wanted.append(self._wanted(*self._batch(args, kwargs)))
                 _record(passing, self._taught, self._last, given)
 
         def after(module: nn.Module, args: tuple[Any, ...], losses: Any) -> None:
@@ -217,22 +223,43 @@ class DenseOutputs(Teacher):
         _hook(hooks, self._taught.register_forward_pre_hook(before, with_kwargs=True))
         _hook(hooks, self._taught.register_forward_hook(after))
 
-    @torch.no_grad()
-    def _wanted(self, inputs: Tensor) -> dict[str, list[Tensor]]:
-        outputs: dict[str, list[Tensor]] = {}
-        forward = RawForward(self._dense)
+    def _try(self, hooks: ExitStack) -> None:
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._find_last(*self._batch(args, kwargs))
+
         if not self._last:
-            try:
-                self._last = last_layers(forward, inputs[:1])
-            except ValueError as error:
-                raise ValueError(
-                    f"smart.distillation.of: 'outputs' can't be compared. {error} Write "
-                    "smart.distillation.of='features'."
-                ) from error
+            _hook(hooks, self._taught.register_forward_pre_hook(before, with_kwargs=True))
+
+    def _batch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Any]:
+        """Images and data samples of a forward pass: what was padded of an image is in these."""
+        named = dict(zip(('inputs', 'data_samples'), args), **kwargs)
+        if not isinstance(named.get('inputs'), Tensor):
+            raise self._refused('Its forward pass takes no tensor of `inputs`.')
+        return named['inputs'], named.get('data_samples')
+
+    @torch.no_grad()
+    def _wanted(self, inputs: Tensor, samples: Any) -> dict[str, list[Tensor]]:
+        if not self._last:
+            self._find_last(inputs, samples)
+        outputs: dict[str, list[Tensor]] = {}
         with ExitStack() as hooks:
             _record(hooks, self._dense, self._last, outputs)
-            forward(inputs)
+            RawForward(self._dense).named_outputs(inputs, samples)
         return outputs
+
+    def _find_last(self, inputs: Tensor, samples: Any) -> None:
+        try:
+            self._last = last_layers(
+                RawForward(self._dense), inputs[:1], None if samples is None else samples[:1]
+            )
+        except Exception as error:  # whatever a model says that does not work without its losses
+            raise self._refused(f'{type(error).__name__}: {error}') from error
+
+    def _refused(self, reason: str) -> ValueError:
+        return ValueError(
+            f"smart.distillation.of: 'outputs' of {type(self._taught).__name__} can't be compared. "
+            f"{reason} Write smart.distillation.of='features'."
+        )
 
 
 def _record(
@@ -281,7 +308,8 @@ def feature_distance(given: Any, wanted: Any) -> Tensor:
     if not ratios:
         raise ValueError(
             'smart.distillation: in training and in evaluation the model gives no feature map of '
-            'the same shape, so none can be compared. Leave smart.distillation out.'
+            'the same shape, so none can be compared. Choose another smart.distillation.of, or '
+            'leave smart.distillation out.'
         )
     return torch.stack(ratios).mean()
 

@@ -47,7 +47,7 @@ class MaskedStep:
 
         Args:
             masks: The masks.
-            distillation: What adds the distance from the dense features to the loss, if anything.
+            distillation: What adds the distance from the dense network to the loss, if anything.
         """
         self.masks, self.distillation = masks, distillation
         self.importance_optimizer = OPTIMIZERS.build(
@@ -57,10 +57,13 @@ class MaskedStep:
                 lr=self._importance_settings.lr,
             )
         )
+        for group in self.importance_optimizer.param_groups:
+            if 'weight_decay' in group:
+                group['weight_decay'] = 0.0  # AdamW and others decay unless told not to
 
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
-        """MMEngine's, inside which features are compared with the dense ones."""
+        """MMEngine's, inside which the model is compared with the dense one."""
         with super().optim_context(model):
             if self.distillation is None:
                 yield
@@ -69,7 +72,7 @@ class MaskedStep:
                     yield
 
     def update_params(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """MMEngine's, for the loss and the distance from the dense features."""
+        """MMEngine's, for the loss and the distance from the dense network."""
         if self.distillation is not None and self.distillation.begun:
             distance = self.distillation.distance()
             self.message_hub.update_scalar('train/distillation', distance.detach())
@@ -78,7 +81,9 @@ class MaskedStep:
 
     def step(self, **kwargs: Any) -> None:
         """Step latent weights and importance, then put masks at `self.temperature` in place."""
-        with self._attached().latent_weights(self.temperature):
+        if self._attached().state == 'soft':
+            self._expect_finite()
+        with self.masks.latent_weights(self.temperature):
             self._step_importance()
             if self._importance_learns:
                 same_everywhere(self.masks.importance.data)
@@ -98,14 +103,22 @@ class MaskedStep:
 
     def _step_importance(self) -> None:
         if self._importance_learns:
-            if not bool(self.masks.importance.grad.isfinite().all()):
-                raise FloatingPointError(
-                    'loss: its gradient is NaN or infinite in the search, so nothing was stepped '
-                    'and the checkpoints are sound. Likely causes: (a) a learning rate that is too '
-                    'high, (b) a broken image or label, (c) half precision without loss scaling. '
-                    'Mend it and go on with --resume.'
-                )
             self.importance_optimizer.step()
+
+    def _expect_finite(self) -> None:
+        if not bool(self._sum_of_gradients().isfinite()):
+            raise FloatingPointError(
+                'loss: its gradient is NaN or infinite in the search, so nothing was stepped and '
+                'the checkpoints are sound. Likely causes: (a) a learning rate that is too high, '
+                '(b) a broken image or label, (c) half precision without loss scaling. Mend it and '
+                'go on with --resume.'
+            )
+
+    def _sum_of_gradients(self) -> Tensor:
+        """A scalar that is finite if every gradient of the optimiser's parameters is."""
+        parameters = [p for group in self.optimizer.param_groups for p in group['params']]
+        gradients = [p.grad.sum() for p in parameters if p.grad is not None]
+        return sum(gradients, start=torch.zeros(()))
 
     def state_dict(self) -> dict[str, Any]:
         """State of the optimiser, of the importance's optimiser and of the masks."""
@@ -186,11 +199,13 @@ class SmartAmpOptimWrapper(MaskedStep, _AmpOptimWrapper):
     can do; bfloat16 has the range of float32 and needs no loss scaling.
     """
 
+    def _expect_finite(self) -> None:
+        if not self.loss_scaler.is_enabled():  # it leaves out a step whose gradients overflow
+            super()._expect_finite()
+
     def _step_importance(self) -> None:
         if self._importance_learns:
             # The scaler judges each optimiser by its own gradients. 0 times an overflow is NaN, so
             # one in any part of the network holds the importance back too.
-            parameters = [p for group in self.optimizer.param_groups for p in group['params']]
-            total = sum(p.grad.sum() for p in parameters if p.grad is not None)
-            self.masks.importance.grad += 0 * total
+            self.masks.importance.grad += 0 * self._sum_of_gradients()
             self.loss_scaler.step(self.importance_optimizer)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from mmengine.hooks import CheckpointHook, EarlyStoppingHook, EMAHook, Hook, LoggerHook
+from mmengine.hooks import EMAHook, Hook, LoggerHook
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.runner import Runner
 
+from mmsmart.engine.best_scores import forget_best_scores, only_measuring
 from mmsmart.engine.calibration import first_importance, layer_positions, recalibrate
 from mmsmart.engine.config import (
     ImportanceStart,
@@ -277,10 +276,7 @@ class SmartPruningHook(Hook):
         for average in averages:
             masks.zero_pruned(average.module)
         recalibrate(runner, trained_model(runner), self.recalibrate, averages)
-        # A best score of the dense or soft network would keep every pruned one from being saved.
-        info = runner.message_hub.runtime_info
-        for key in [key for key in info if key.startswith('best_score')]:
-            info.pop(key)
+        forget_best_scores(runner)
         runner.logger.info(
             f'mmsmart: masks are hard from iteration {runner.iter + 1} on: '
             f'{masks.moved():.1%} of the blocks changed sides during the search. Kept: '
@@ -297,7 +293,7 @@ class SmartPruningHook(Hook):
         """Validate now, unless the last validation was at this very iteration."""
         if runner.val_loop is None or self._metrics_iter == runner.iter:
             return
-        with _only_measuring(runner):
+        with only_measuring(runner):
             runner.val_loop.run()
         runner.model.train()
 
@@ -320,18 +316,3 @@ class SmartPruningHook(Hook):
         ):
             if value is not None:
                 runner.message_hub.update_scalar(f'train/{name}', value)
-
-
-@contextmanager
-def _only_measuring(runner: Runner) -> Iterator[None]:
-    """Inside, a validation changes nothing: the hooks that act on its metrics sit out.
-
-    A best checkpoint saved in the middle of an epoch could not be resumed.
-    """
-    hooks = runner._hooks
-    acting = (CheckpointHook, EarlyStoppingHook)
-    runner._hooks = [hook for hook in hooks if not isinstance(hook, acting)]
-    try:
-        yield
-    finally:
-        runner._hooks = hooks

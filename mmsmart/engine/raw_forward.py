@@ -54,13 +54,19 @@ class RawForward(nn.Module):
         with torch.no_grad():
             return list(self.named_outputs(inputs))
 
-    def named_outputs(self, inputs: Tensor) -> dict[str, Tensor]:
-        """The outputs of :meth:`forward` by name."""
+    def named_outputs(self, inputs: Tensor, samples: Any = None) -> dict[str, Tensor]:
+        """The outputs of :meth:`forward` by name.
+
+        Args:
+            inputs: Preprocessed images `(N, C, H, W)`.
+            samples: Their data samples, which tell transformers what of an image was padded;
+                without them, nothing was.
+        """
         model = self.model
         if _is_a(model, 'mmdet.models.detectors', 'TwoStageDetector'):
             outputs = self._two_stage(inputs)
         elif _is_a(model, 'mmdet.models.detectors', 'BaseDetector'):
-            outputs = self._detector(inputs)
+            outputs = self._detector(inputs, samples)
         elif _is_a(model, 'mmseg.models.segmentors', 'BaseSegmentor'):
             outputs = self._segmentor(inputs)
         else:
@@ -69,12 +75,15 @@ class RawForward(nn.Module):
             outputs = {'scores' if head is not None else 'features': outputs}
         return dict(_flat(outputs))
 
-    def _detector(self, inputs: Tensor) -> dict[str, Any]:
+    def _detector(self, inputs: Tensor, samples: Any) -> dict[str, Any]:
         head = getattr(self.model, 'bbox_head', None)
         # Transformers ask each image for its size, to mask what was padded. Nobody else does, and a
         # list as long as the batch would fix its size in a traced graph.
         dense = _is_a(head, 'mmdet.models.dense_heads.base_dense_head', 'BaseDenseHead')
-        samples = None if dense else _unpadded(inputs)
+        if dense:
+            samples = None
+        elif samples is None:
+            samples = _unpadded(inputs)
         return _named_by_losses(head, self.model(inputs, samples, mode='tensor'))
 
     def _two_stage(self, inputs: Tensor) -> dict[str, Any]:
@@ -122,12 +131,13 @@ class RawForward(nn.Module):
 
 
 @torch.no_grad()
-def last_layers(forward: RawForward, inputs: Tensor) -> list[str]:
+def last_layers(forward: RawForward, inputs: Tensor, samples: Any = None) -> list[str]:
     """Names of the model's layers whose results are its outputs, as they are or in another shape.
 
     Args:
         forward: The model.
         inputs: Preprocessed images `(N, C, H, W)`, one is enough.
+        samples: Their data samples, as :meth:`RawForward.named_outputs` takes them.
 
     Raises:
         ValueError: If every output is computed out of what layers give, as by an exponential.
@@ -155,7 +165,7 @@ def last_layers(forward: RawForward, inputs: Tensor) -> list[str]:
     try:
         # Mixed precision may end in a cast, whose result is another tensor.
         with torch.autocast(inputs.device.type, enabled=False):
-            outputs = forward(inputs)
+            outputs = forward.named_outputs(inputs, samples).values()
     finally:
         for handle in handles:
             handle.remove()

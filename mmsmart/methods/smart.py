@@ -41,7 +41,8 @@ class Smart(Method):
         scope: 'network' for one top-k over all layers; 'layer', for ablations, for one in each,
             which removes the same share of all.
         tied: For ablations: the importance is no parameter of its own but the magnitude of its
-            block, and its gradient moves the weights. There is no curvature then.
+            block, and its gradient moves the weights. There is no curvature then, and after the
+            first mask its standard deviation is 1, whatever `smart.importance.scale` is.
     """
 
     curvature: float = 0.0
@@ -73,7 +74,8 @@ class Smart(Method):
                 'the network, coupled channels and N of M leave it out.'
             )
         if self.curvature and not self.tied:
-            self.log_squares = torch.zeros_like(importance.data)
+            # As good as none: they count for nothing where a first gradient overflows.
+            self.log_squares = torch.full_like(importance.data, -80.0)
             self.centre = importance.new_tensor(0.0)
             self.spread = importance.new_tensor(torch.inf)
         self._solve(plan, importance, temperature)

@@ -15,7 +15,9 @@ from mmsmart.plans import Plan
 class Taylor(Gradual):
     """The smallest (Σ w ∂L/∂w)² of a block leaves, some of the blocks every few steps, for good.
 
-    The squares are averaged over the steps between two cuts, and over cuts with momentum.
+    The squares are averaged over the steps between two cuts, and over cuts with momentum. What has
+    left is last in the order: of blocks of several sizes, a small one may come back where it fits
+    into what the others leave of the budget.
 
     Source: Molchanov et al., arXiv 1906.10771, and their code: a gate for every unit, a cut every
     30 steps, 32 cuts, momentum 0.9, one threshold over the network.
@@ -42,8 +44,15 @@ class Taylor(Gradual):
     def removed(self, progress: float) -> float:
         return progress
 
+    def ranking(self, plan: Plan, importance: Tensor) -> Tensor:
+        if self.average is None and self.sums is not None:  # a search may end before its first cut
+            importance = _logarithms(self.sums)
+        return super().ranking(plan, importance)
+
     def backward(self, plan: Plan, importance: nn.Parameter, grad_mask: Tensor) -> None:
         squares = grad_mask.square()
+        # An overflow of a loss scaler, whose step is left out, would stay in the average for good.
+        squares = squares.where(squares.sum().isfinite(), 0)
         self.sums = squares if self.sums is None else self.sums + squares
 
     def score(self, plan: Plan, importance: nn.Parameter) -> None:
@@ -52,5 +61,9 @@ class Taylor(Gradual):
         new, self.sums = self.sums / self.interval, None
         old = self.average
         self.average = new if old is None else torch.lerp(new, old, self.momentum)
-        scores = self.average.clamp_min(torch.finfo(torch.float32).tiny).log()
+        scores = _logarithms(self.average)
         importance.data = scores.where(self.kept, scores.min() - 1)
+
+
+def _logarithms(squares: Tensor) -> Tensor:
+    return squares.clamp_min(torch.finfo(torch.float32).tiny).log()

@@ -39,6 +39,7 @@ class Witness(Hook):
                 mask=masks and masks.mask().tolist(),
                 hard=masks and masks.state != 'dense' and masks.hard_mask().tolist(),
                 moved=masks and masks.moved(),
+                dense=_digest(getattr(runner.optim_wrapper, 'distillation', None)),
                 lr=runner.optim_wrapper.get_lr()['lr'][0],
                 importance_lr=_importance_lr(runner.optim_wrapper),
             )
@@ -111,6 +112,11 @@ class DoublePreprocessor(ClsDataPreprocessor):
 
 def _plain(model):
     return getattr(model, 'module', model)
+
+
+def _digest(teacher):
+    state = teacher.state_dict() if teacher else {}
+    return hashlib.sha256(b''.join(x.numpy().tobytes() for x in state.values())).hexdigest()
 
 
 def _importance_lr(wrapper):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -96,6 +97,18 @@ WRONG = {
         ['smart.method_cfg.phases', '3', 'even'],
     ),
     'distillation of no weight': (dict(distillation=0), ['smart.distillation.weight', '0']),
+    'stages as a tuple': (
+        dict(stages=(0.2, 0.5, 0.3)),
+        ['smart.stages', '(0.2, 0.5, 0.3)', "['pretrain', 'search', 'finetune']"],
+    ),
+    'temperature as a number': (dict(temperature=0.5), ['smart.temperature', '0.5', "'start'"]),
+    'importance as a number': (dict(importance=0.01), ['smart.importance', '0.01', "'lr'"]),
+    'settings of the method as a number': (dict(method_cfg=3), ['smart.method_cfg', '3', 'dict']),
+    'distillation of a list': (
+        dict(distillation=dict(of=['outputs'])),
+        ['smart.distillation.of', "['outputs']"],
+    ),
+    'infinite distillation': (dict(distillation=math.inf), ['smart.distillation.weight', 'inf']),
     'distillation as a word': (dict(distillation='on'), ['smart.distillation.weight', "'on'"]),
     'distillation of something else': (
         dict(distillation=dict(of='logits')),

@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.model import BaseModel
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -14,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from engine.ranks import train_on
 from engine.runs import merged, pruned_weights, smart_config, train
 from engine.test_resume import ACCUMULATION, DROPOUT, EMA, assert_resumes, run_of
+from engine.tiny_sets import upstream_config
 from mmsmart import install_masks
 from mmsmart.engine import SmartAmpOptimWrapper, SmartOptimWrapper
 from mmsmart.engine.distillation import (
@@ -23,8 +25,10 @@ from mmsmart.engine.distillation import (
     feature_distance,
     read_distillation,
 )
+from mmsmart.engine.export import load_model
 
 WEIGHT = 3.0
+DETR = 'detr/detr_r50_8xb2-150e_coco.py'
 DISTILLED = dict(distillation=dict(weight=WEIGHT, of='features'))
 OUTPUTS = dict(distillation=dict(weight=0.01, of='outputs'))  # of a network hardly trained
 
@@ -254,11 +258,56 @@ def test_model_without_a_backbone_is_refused():
         DenseFeatures(nn.Linear(2, 2), WEIGHT)
 
 
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')  # mmdet's own
+def test_teacher_knows_what_of_an_image_was_padded():
+    pytest.importorskip('mmcv._ext', reason="detectors need mmcv's ops")
+    from mmdet.structures import DetDataSample
+
+    config = Config.fromfile(upstream_config('mmdet', DETR))
+    one = dict(num_layers=1)
+    changes = dict(
+        backbone=dict(depth=18, init_cfg=None),
+        neck=dict(in_channels=[512]),
+        encoder=one,
+        decoder=one,
+    )
+    config.merge_from_dict(dict(model=changes))
+    model = load_model(config)  # which is in evaluation mode, so without dropout
+    teacher = DenseOutputs(model, WEIGHT)
+    teacher.begin()
+    sizes = dict(batch_input_shape=(128, 128), pad_shape=(128, 128))
+    samples = [
+        DetDataSample(metainfo=dict(img_shape=shape, ori_shape=shape, **sizes))
+        for shape in ((128, 128), (64, 96))
+    ]
+    images = torch.randn(2, 3, 128, 128)
+    with teacher.compared():
+        model(images, samples, mode='tensor')
+    assert teacher.distance() < 1e-9
+
+
 def test_outputs_that_no_layer_gives_are_refused():
     model, wrapper, _ = searching(of='outputs')
     wrapper.distillation._dense.forward = lambda inputs, mode: 2 * inputs
-    with pytest.raises(ValueError, match=r"smart\.distillation\.of: 'outputs' can't be compared"):
+    with pytest.raises(ValueError, match=r"smart\.distillation\.of: 'outputs' of Network can't be"):
         model.train_step(batch(), wrapper)
+
+
+def test_outputs_that_can_not_be_compared_are_refused_before_the_search():
+    model, wrapper, _ = searching(of='outputs')
+    wrapper.distillation.begun = False
+    wrapper.distillation._dense.forward = lambda inputs, mode: inputs.missing
+    with pytest.raises(ValueError, match=r"AttributeError: .* smart\.distillation\.of='features'"):
+        model.train_step(batch(), wrapper)
+
+
+def test_model_whose_images_have_another_name_is_refused():
+    model, wrapper, _ = searching(of='outputs')
+    with (
+        pytest.raises(ValueError, match=r"'outputs' of Network can't be .* tensor of `inputs`"),
+        wrapper.optim_context(model),
+    ):
+        model(images=batch()['inputs'])
 
 
 @pytest.mark.parametrize(('of', 'called'), [('features', 'backbone'), ('outputs', 'model')])
@@ -344,5 +393,9 @@ def test_run_with_distillation_resumes(tmp_path, settings):
 @pytest.mark.parametrize('settings', [OUTPUTS, DISTILLED], ids=TEACHERS)
 def test_two_processes_distil_the_same_network(tmp_path, settings):
     one, two = train_on(2, smart_config(tmp_path, settings))
+    # 12 iterations, the search from the 4th on; by then their statistics of BatchNorm differ.
+    dense = [note['dense'] for note in one]
+    assert dense == [note['dense'] for note in two]
+    assert len(set(dense)) == 2 and dense[2] != dense[3] == dense[11]
     assert [note['mask'] for note in one] == [note['mask'] for note in two]
     assert one[5]['loss'] != two[5]['loss']

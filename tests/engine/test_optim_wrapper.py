@@ -13,17 +13,18 @@ from torch import nn
 
 from mmsmart import install_masks
 from mmsmart.engine import SmartAmpOptimWrapper, SmartOptimWrapper
+from mmsmart.methods import METHODS
 
 LR = 0.1
 
 
-def searching(wrapper_type=SmartOptimWrapper, temperature=1.0, **settings):
+def searching(wrapper_type=SmartOptimWrapper, temperature=1.0, method=None, **settings):
     """A small model in the middle of a search, its masks and its wrapper."""
     generator = torch.Generator().manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 4, 4))
     for parameter in model.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator)
-    masks = install_masks(model, sparsity=0.5, block=(2, 2, 1, 1))
+    masks = install_masks(model, sparsity=0.5, block=(2, 2, 1, 1), method=method)
     weight_decay = settings.pop('weight_decay', 0.0)
     optimizer = torch.optim.SGD(model.parameters(), lr=LR, weight_decay=weight_decay)
     wrapper = wrapper_type(optimizer=optimizer, **settings)
@@ -98,6 +99,36 @@ def test_clipping_leaves_the_importance_alone():
     for model, _, wrapper in (free, clipped):
         step(model, wrapper, batch())
     assert torch.equal(free[1].importance, clipped[1].importance)
+
+
+HALF_ON_CPUS = dict(wrapper_type=SmartAmpOptimWrapper, dtype='bfloat16')
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='for machines without a GPU')
+@pytest.mark.parametrize('method', ['smart', 'taylor', 'agp', 'pdp'])
+@pytest.mark.parametrize('settings', [{}, HALF_ON_CPUS], ids=['full', 'half'])
+@pytest.mark.parametrize('where', ['0.weight', '0.bias'])
+@pytest.mark.parametrize('value', [float('inf'), float('nan')])
+def test_gradient_that_is_not_finite_steps_nothing(method, settings, where, value):
+    model, masks, wrapper = searching(method=METHODS[method](), **settings)
+    step(model, wrapper, batch(seed=0))
+    before = copy.deepcopy((latent_of(masks), masks.importance, model.state_dict()))
+    mask = masks.mask()
+    loss_of(model, batch()).backward()
+    model.get_parameter(where).grad.view(-1)[0] = value
+    with pytest.raises(FloatingPointError, match=r'loss: .* nothing was stepped .* --resume'):
+        wrapper.step()
+    after = latent_of(masks), masks.importance, model.state_dict()
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+    assert torch.equal(masks.mask(), mask)
+
+
+def test_optimiser_that_decays_by_default_does_not_decay_the_importance():
+    model, masks, wrapper = searching(importance=dict(optimizer=dict(type='AdamW')))
+    plain_model, plain, plain_wrapper = searching(importance=dict(optimizer=dict(type='Adam')))
+    step(model, wrapper, batch())
+    step(plain_model, plain_wrapper, batch())
+    assert torch.equal(masks.importance, plain.importance)
 
 
 def test_masks_of_the_next_iteration_have_the_next_temperature():

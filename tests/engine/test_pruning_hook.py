@@ -223,6 +223,26 @@ def test_early_stop_in_the_fine_tuning_writes_the_files(tmp_path):
     assert figures['kept'] <= figures['budget'] < figures['kept'] + figures['next_block_cost']
 
 
+def test_early_stop_counts_from_the_pruned_network_on(tmp_path):
+    stages = dict(pretrain=0.25, search=0.25, finetune=0.5)
+    patient = merged(EARLY_STOP, dict(patience=2))
+    config = smart_config(tmp_path, dict(stages=stages), custom_hooks=[patient])
+    assert len(run(config).value) == 24  # and not 18, two validations after the dense one
+
+
+def test_plateau_of_the_learning_rate_counts_from_the_pruned_network_on(tmp_path):
+    stages = dict(pretrain=0.0, search=0.5, finetune=0.5)
+    config = smart_config(tmp_path, dict(stages=stages))
+    config['param_scheduler'] = dict(
+        type='ReduceOnPlateauLR', monitor='accuracy/top1', rule='greater',
+        threshold=200, threshold_rule='abs', patience=0,
+    )  # fmt: skip
+    rates = [note['lr'] for note in run(config).value]
+    # Epochs 1 and 2 are the search's. Only the scores after epochs 3 and 4 have one before them
+    # of the same kind; that of the dense network, measured as the search begins, is of another.
+    assert rates == pytest.approx([0.02] * 18 + [0.002] * 6)
+
+
 def test_measuring_between_two_validations_saves_and_stops_nothing(tmp_path):
     """The search begins and ends between two validations; hooks that act on metrics wait."""
     config = smart_config(
