@@ -253,7 +253,7 @@ class DenseOutputs(Teacher):
                 RawForward(self._dense), inputs[:1], None if samples is None else samples[:1]
             )
         except Exception as error:  # whatever a model says that does not work without its losses
-            raise self._refused(f'{type(error).__name__}: {error}') from error
+            raise self._refused(f'({type(error).__name__}: {error})') from error
 
     def _refused(self, reason: str) -> ValueError:
         return ValueError(
