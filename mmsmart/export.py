@@ -6,6 +6,7 @@ import copy
 import importlib.util
 import json
 import logging
+import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -107,12 +108,13 @@ def save_onnx(
                 verbose=False,
             )
         session = onnxruntime.InferenceSession(temporary, providers=['CPUExecutionProvider'])
-        difference = 0.0
+        differences = []
         for batch in [images, torch.cat([two, images])] if dynamic_batch else [images]:
             made = session.run(list(names), {'images': batch.numpy()})
             with torch.no_grad():
                 outputs = model(batch)
-            difference = max(difference, largest_difference(outputs, map(torch.from_numpy, made)))
+            differences.append(largest_difference(outputs, map(torch.from_numpy, made)))
+        difference = _largest(differences)
         hint = ' Some models have the number of images in their graph.' if dynamic_batch else ''
         expect_at_most(tolerance, difference, path, hint)
     return difference
@@ -163,7 +165,12 @@ def largest_difference(outputs: Iterable[Tensor], others: Iterable[Tensor]) -> f
         scale = float(one.abs().max()) or 1.0
         return float((one - other).abs().max()) / scale
 
-    return max(share(one, other) for one, other in zip(outputs, others, strict=True))
+    return _largest([share(one, other) for one, other in zip(outputs, others, strict=True)])
+
+
+def _largest(values: Sequence[float]) -> float:
+    """NaN if one of them is, which `max` may pass over."""
+    return math.nan if any(map(math.isnan, values)) else max(values)
 
 
 def expect_at_most(tolerance: float, difference: float, path: str | Path, hint: str = '') -> None:

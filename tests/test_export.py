@@ -1,5 +1,6 @@
 """Tests of mmsmart.export: files that are handed on."""
 
+import math
 import subprocess
 import sys
 import textwrap
@@ -14,6 +15,8 @@ from torch import nn
 from mmsmart import install_masks
 from mmsmart.export import (
     complete_or_absent,
+    expect_at_most,
+    largest_difference,
     plain,
     save_exported_program,
     save_onnx,
@@ -242,6 +245,11 @@ def onnx_file(tmp_path_factory):
     return model, path, difference
 
 
+class Logarithm(nn.Module):
+    def forward(self, images):
+        return images + 1, images.log()
+
+
 def test_onnx_runtime_computes_what_the_model_computes(onnx_file):
     import onnxruntime
 
@@ -288,6 +296,22 @@ def test_an_onnx_file_that_computes_something_else_is_not_kept(tmp_path):
 def test_an_exported_program_that_computes_something_else_is_not_kept(tmp_path):
     with pytest.raises(ArithmeticError, match=r'model.pt2: its outputs differ .* not kept'):
         save_exported_program(Forgetful(), torch.ones(1, 1, 2, 2), tmp_path / 'model.pt2')
+    assert files(tmp_path) == []
+
+
+def test_outputs_that_are_not_a_number_agree_with_nothing():
+    good, bad = torch.ones(2), torch.tensor([1.0, math.nan])
+    for ours, theirs in (((good, good), (good, bad)), ((bad, good), (good, good))):
+        assert math.isnan(largest_difference(ours, theirs))
+    with pytest.raises(ArithmeticError, match='differ from the model by nan'):
+        expect_at_most(1e-4, largest_difference((good, good), (good, bad)), 'model.onnx')
+
+
+def test_an_onnx_file_that_gives_no_number_is_not_kept(tmp_path):
+    pytest.importorskip('onnxruntime')
+    model = Logarithm()
+    with pytest.raises(ArithmeticError, match=r'model.onnx: its outputs differ .* not kept'):
+        save_onnx(model, -torch.ones(1, 1, 2, 2), tmp_path / 'model.onnx', ['same', 'logarithm'])
     assert files(tmp_path) == []
 
 

@@ -66,7 +66,7 @@ def load_model(config: Config, checkpoint: str | Path | None = None) -> nn.Modul
 
     Raises:
         FileNotFoundError: If there is no such checkpoint.
-        ValueError: If it can't be read, is one of another model, or its masks are not hard yet.
+        ValueError: If it can't be read, is one of another model, or was saved in the search.
     """
     settings = upstream_settings(config)
     settings.pop('pretrained', None)  # only `init_weights` would read it, and mmseg warns of it
@@ -91,7 +91,7 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it can't be read, or was saved before the search ended.
+        ValueError: If it can't be read, or was saved in the search.
     """
     path = Path(path)
     if not path.is_file():
@@ -100,10 +100,11 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
         return load_packed(path), load_packed_meta(path)
     checkpoint = load_checkpoint(path)
     masks = (checkpoint.get('optimizer') or {}).get('smart', {}).get('masks')
-    if masks is not None and masks['state'] != 'hard':
+    if masks is not None and masks['state'] == 'soft':
         raise ValueError(
-            f'{path}: its masks are {masks["state"]}, because the search had not ended when it was '
-            'saved. Take pruned.pth, or a checkpoint of the fine-tune stage.'
+            f'{path}: its masks are soft, because it was saved in the middle of the search. Take '
+            'pruned.pth, or a checkpoint of the fine-tune stage; for the dense model, one from '
+            'before the search.'
         )
     state = checkpoint.get('state_dict', checkpoint)
     if not all(isinstance(value, Tensor) for value in state.values()):
@@ -189,8 +190,14 @@ def export_shrunk(
         difference = largest_difference(outputs, RawForward(shrunk)(images))
     expect_at_most(1e-4, difference, out)
     out = Path(out)
+    written = out.with_name('structure.json')
+    if written.is_file() and json.loads(written.read_text()) != json.loads(json.dumps(read)):
+        raise ValueError(
+            f'{written}: the structure of another shrunk model lies there, which could not be '
+            'loaded without it. Write each shrunk model to a folder of its own.'
+        )
     save_plain_checkpoint(shrunk, out, _kept(meta))
-    with complete_or_absent(out.with_name('structure.json')) as temporary:
+    with complete_or_absent(written) as temporary:
         temporary.write_text(json.dumps(read) + '\n')
     with complete_or_absent(out.with_suffix('.py')) as temporary:
         shrunk_config(config, out).dump(temporary)

@@ -86,6 +86,8 @@ class SparsitySearch:
         """
         record = self.record
         if record['sparsity'] is None:
+            if not self.runner._resume:
+                self._forget_older_runs()
             self._save()
             self._measure_dense()
             bounds = (self.drop.low, self.drop.high, self.drop.trials)
@@ -213,10 +215,6 @@ class SparsitySearch:
         config = shortened(runner.cfg, self.drop.share)
         folder = Path(runner.work_dir) / 'trials' / name
         last = find_latest_checkpoint(str(folder)) if runner._resume else None
-        if not runner._resume and dist.is_main_process():
-            for file in ('last_checkpoint', 'pruning.json'):  # of an older run
-                (folder / file).unlink(missing_ok=True)
-        dist.barrier()
         config.update(
             smart={**plain(config.smart), 'sparsity': sparsity, 'max_drop': None},
             work_dir=str(folder),
@@ -226,6 +224,16 @@ class SparsitySearch:
             randomness={**(config.get('randomness') or {}), 'seed': runner.seed},
         )
         return config
+
+    def _forget_older_runs(self) -> None:
+        """Nothing that this run resumes, killed at any time, may go on from one before it."""
+        if dist.is_main_process():
+            folder = Path(self.runner.work_dir)
+            (folder / 'last_checkpoint').unlink(missing_ok=True)
+            for trial in (folder / 'trials').glob('*'):
+                for file in ('last_checkpoint', 'pruning.json'):
+                    (trial / file).unlink(missing_ok=True)
+        dist.barrier()
 
     @staticmethod
     def _figures(folder: Path) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ import random
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -105,11 +106,18 @@ class TrainedNet:
         self.settings = {
             'model': _digest([config.model, config.get('data_preprocessor')]),
             'checkpoint': _digest_of_state(state),
-            'data': _digest(config.get(f'{"train" if self._training else "val"}_dataloader')),
+            'data': _digest([config.get(loader) for loader in self._loaders()]),
+            'latency': _digest(self.smart.latency and asdict(self.smart.latency_table())),
             'images': self.images,
             **{key: plain(getattr(self.smart, key)) for key in ('block', 'round_to', 'layers')},
             'importance': [self._start.init, self._start.batches],
         }
+
+    def _loaders(self) -> list[str]:
+        """Which data decides: that of the loss, and that of the importance."""
+        learnt = self._start.init in ('activation', 'gradient')
+        loss = 'train_dataloader' if self._training else 'val_dataloader'
+        return sorted({loss, 'train_dataloader'} if learnt else {loss})
 
     @property
     def asked(self) -> dict[str, Any]:

@@ -41,13 +41,16 @@ def write_report(
         The HTML file and the pictures.
 
     Raises:
-        ValueError: If there is no run, no layer matches a pattern, or no run has the metric.
+        ValueError: If there is no run, no layer matches a pattern, no run has the metric, or the
+            path has no ending.
     """
     from jinja2 import Environment, StrictUndefined
 
     if not runs:
         raise ValueError('runs: expected at least one run, got none.')
     path = Path(path)
+    if not path.suffix:
+        raise ValueError(f'out: {path} has no ending, such as {path}.html; pictures go to {path}/.')
     pictures, files = _draw(runs, path, layers, metric, step)
     environment = Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined

@@ -144,6 +144,18 @@ def test_a_shrunk_export_is_smaller_and_gives_the_same_scores(run):
     assert torch.allclose(ours, theirs, atol=1e-5)
 
 
+def test_a_shrunk_export_leaves_the_structure_of_another_alone(run):
+    silenced(run)
+    export(run, 'pruned.pth', '--to', 'shrunk', '--out', str(run / 'new/small.pth'))
+    export(run, 'pruned.pth', '--to', 'shrunk', '--out', str(run / 'new/again.pth'))
+    other = json.loads((run / 'new/structure.json').read_text())
+    other['made'] = 'elsewhere'
+    (run / 'new/structure.json').write_text(json.dumps(other))
+    message = refused(run, 'pruned.pth', '--to', 'shrunk', '--out', str(run / 'new/tiny.pth'))
+    assert 'structure.json: the structure of another shrunk model' in message
+    assert not (run / 'new/tiny.pth').exists()
+
+
 def test_a_shrunk_folder_can_be_moved_and_exported_again(run):
     silenced(run)
     export(run, 'pruned.pth', '--to', 'shrunk', '--out', str(run / 'new/small.pth'))
@@ -212,6 +224,14 @@ def test_a_model_computes_the_same_in_every_format(name, edge, first, raw, auxil
 def test_a_checkpoint_from_before_the_search_ended_is_refused(run):
     message = refused(run, 'epoch_2.pth', '--to', 'onnx')
     assert 'its masks are soft' in message and 'pruned.pth' in message
+
+
+def test_a_checkpoint_of_before_the_search_is_a_dense_one(run):
+    dense = torch.load(run / 'epoch_2.pth', weights_only=False)
+    dense['optimizer']['smart']['masks']['state'] = 'dense'
+    torch.save(dense, run / 'epoch_1.pth')
+    state, _ = read_checkpoint(run / 'epoch_1.pth')
+    assert_same_tensors(state, dict(dense['state_dict']))
 
 
 def test_a_checkpoint_of_another_model_is_refused(run):

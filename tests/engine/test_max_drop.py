@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -246,6 +247,25 @@ def test_a_killed_search_is_resumed_without_running_finished_trials_again(tmp_pa
     assert (first / 'pruning.json').stat().st_mtime_ns == before
     assert {**record_of(tmp_path), 'load_from': None} == {**record, 'load_from': None}
     assert_same_end(finished, tmp_path)
+
+
+def test_a_killed_search_never_goes_on_from_a_run_before_it(tmp_path, dense, found):
+    finished, record, _ = found
+    shutil.copytree(finished, tmp_path / 'run')  # another search wrote to this folder before
+    config = config_of(
+        tmp_path / 'run', dense, BOUNDS, hooks=[dict(type='KillIn', name='sparsity_0.500')]
+    )
+    assert run(config).exitcode == -9
+    for trial in ('sparsity_0.750', 'sparsity_0.625'):  # which it had not begun
+        assert not (tmp_path / 'run/trials' / trial / 'last_checkpoint').exists()
+        (tmp_path / 'run/trials' / trial / 'epoch_1.pth').unlink()
+    config = config_of(tmp_path / 'run', dense, BOUNDS)
+    config.update(resume=True, load_from=None)
+    resumed = run(config)
+    assert resumed.error is None, resumed.log
+    assert [note['iter'] for note in resumed.value] == list(range(12))
+    assert record_of(tmp_path / 'run')['trials'] == record['trials']
+    assert_same_end(finished, tmp_path / 'run')
 
 
 def test_settings_that_changed_are_refused_on_resuming(tmp_path, dense, found):

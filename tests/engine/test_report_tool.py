@@ -136,6 +136,7 @@ def test_two_runs_stand_side_by_side(finished_run, tmp_path, monkeypatch):
     [
         (['nowhere'], 'nowhere: not the folder of a training run'),
         (['{run}', '--layers', 'neck.*'], "'neck.*' matches no pruned layer. Names look like"),
+        (['{run}', '--out', '{run}/page'], 'page has no ending, such as'),
         (['{run}', '--metric', 'mIoU'], "no run has 'mIoU', only accuracy/top1"),
     ],
 )

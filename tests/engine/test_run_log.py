@@ -129,6 +129,13 @@ def test_a_report_of_an_earlier_training_in_the_same_folder_is_not_taken(searchi
     assert not read_run(searching).finished
 
 
+def test_a_checkpoint_of_an_earlier_training_in_the_same_folder_is_not_taken(searching):
+    (log,) = searching.glob('*/vis_data')
+    log.parent.rename(searching / '99990101_000000')
+    run = read_run(searching)
+    assert run.iteration == 15 and run.importances is None and run.masks_from == ''
+
+
 def test_what_a_resumption_did_once_more_counts_once(tmp_path):
     write_start(tmp_path, '20261123_104500', [row(5), row(10), {'acc': 0.5, 'step': 1}, row(15, 9)])
     resumed = [row(15), row(20), {'acc': 0.7, 'step': 2}]
@@ -162,6 +169,18 @@ def test_a_folder_without_a_run_is_refused(tmp_path):
         read_run(tmp_path)
     with pytest.raises(FileNotFoundError, match='not the folder of a training run'):
         read_run(tmp_path / 'nowhere')
+
+
+@pytest.mark.parametrize('layer', [nn.Linear(16, 8), nn.Conv2d(8, 8, 3)], ids=['matrix', 'kernel'])
+def test_rows_of_n_of_m_have_no_threshold_in_common(layer):
+    model = nn.Sequential(layer)
+    masks = install_masks(model, block='2:4', sparsity=0.5)
+    masks.begin(torch.randn(masks.num_blocks), temperature=0.3)
+    checkpoint = Checkpoint(masks=masks.state_dict(), weights=model.state_dict())
+    assert importances(checkpoint) is None and with_masks([], checkpoint) == []
+    masks.harden()
+    hard = Checkpoint(masks=masks.state_dict(), weights=model.state_dict())
+    assert importances(hard).kept.sum() == masks.num_blocks / 2 and with_masks([], hard) == []
 
 
 class Net(nn.Module):

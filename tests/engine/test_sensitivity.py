@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,28 @@ def test_rows_of_another_checkpoint_are_refused(tmp_path, measured, digits):
     arguments = (config, checkpoint.with_name('epoch_1.pth'), '--out', out, '--resume', *FEW)
     outcome = apart(run_tool, TOOL, *arguments, log=tmp_path / 'log')
     assert 'was measured with another checkpoint' in outcome.error
+
+
+def settings_of(config, checkpoint, changes):
+    from mmsmart.engine.export import read_config
+    from mmsmart.engine.sensitivity import TrainedNet
+
+    return TrainedNet(read_config(config, changes), checkpoint, images=20).settings
+
+
+def test_rows_of_other_latencies_and_other_data_are_other_rows(tmp_path, digits):
+    table = tmp_path / 'table.yaml'
+    smart = {'smart.latency': str(table)}
+    learnt = {'smart.importance': dict(init='activation'), 'smart.latency': str(table)}
+    less = {**learnt, 'train_dataloader.dataset.indices': 64}
+    seen = []
+    for latency, changes in ((1.0, smart), (2.0, smart), (2.0, learnt), (2.0, less)):
+        table.write_text(f'layers: [{{pattern: "*", block: {latency}}}]\n')
+        outcome = apart(settings_of, *digits, changes, log=tmp_path / 'log')
+        assert outcome.error is None, outcome.log
+        seen.append(outcome.value)
+    different = [{key for key in one if one[key] != other[key]} for one, other in pairwise(seen)]
+    assert different == [{'latency'}, {'importance', 'data'}, {'data'}]
 
 
 def facts(config, checkpoint, **smart):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ def read_run(work_dir: str | Path, name: str = '') -> Run:
             f'{folder}: not the folder of a training run. A `work_dir` is wanted, with the log '
             'folders that MMEngine makes in it (such as 20261123_104500), or with pruning.json.'
         )
-    checkpoint = newest_checkpoint(folder)
+    checkpoint = newest_checkpoint(folder, _began(logs))
     record = next((log.record for log in reversed(logs) if log.record), {})
     run = Run(name or folder.resolve().name, str(folder), starts=[log.start for log in logs])
     run.config, settings = _config(logs)
@@ -65,6 +66,12 @@ def read_run(work_dir: str | Path, name: str = '') -> Run:
     run.importances = importances(checkpoint)
     _name_what_is_missing(run, checkpoint)
     return run
+
+
+def _began(logs: Sequence[StartLog]) -> str:
+    """When the training began, as MMEngine names its folders; '' where they have other names."""
+    name = logs[0].folder.name if logs else ''
+    return name if re.fullmatch(r'\d{8}_\d{6}', name) else ''
 
 
 def _report_of(folder: Path, run: Run, logs: Sequence[StartLog]) -> dict[str, Any]:
@@ -230,7 +237,11 @@ def _name_what_is_missing(run: Run, checkpoint: Checkpoint) -> None:
             'density', 'Neither pruned.pth nor a checkpoint of the run is there.'
         )
     if run.importances is None:
-        run.missing['importance'] = 'No checkpoint of the search or of the fine-tuning is there.'
+        run.missing['importance'] = (
+            'Each row of N:M has a threshold of its own until it is decided.'
+            if checkpoint.state == 'soft'
+            else 'No checkpoint of the search or of the fine-tuning is there.'
+        )
     if not run.budgets:
         run.missing['budget'] = _LATER
     if run.excluded is None:

@@ -42,17 +42,25 @@ class Checkpoint:
         return self.masks.get('state', '')
 
 
-def newest_checkpoint(folder: Path) -> Checkpoint:
-    """The checkpoint that was saved last, or the one before while a run is still writing it."""
+def newest_checkpoint(folder: Path, since: str = '') -> Checkpoint:
+    """The checkpoint that was saved last, or the one before while a run is still writing it.
+
+    Args:
+        folder: Folder of the run.
+        since: When the run began, such as '20261123_104500'; older ones are of a run before it.
+    """
     files = [file for kind in ('epoch', 'iter') for file in folder.glob(f'{kind}_*.pth')]
     for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
         try:
             read = load_checkpoint(file)
         except (OSError, ValueError):
             continue
+        meta = read.get('meta', {})
+        if str(meta.get('time', since)) < since:
+            continue
         return Checkpoint(
             file.name,
-            int(read.get('meta', {}).get('iter', 0)),
+            int(meta.get('iter', 0)),
             (read.get('optimizer') or {}).get('smart', {}).get('masks', {}),
             read.get('state_dict', {}),
             dict(read.get('message_hub', {}).get('runtime_info', {})),
@@ -106,8 +114,9 @@ def with_masks(layers: Sequence[Layer], checkpoint: Checkpoint) -> list[Layer]:
     if values is None or _is_channels(masks):
         return list(layers)
     found = {}
-    for (name, view, block), part in zip(masks['layers'], _by_layer(values, masks['layers'])):
-        if len(block) == len(view) and not bool(part.isnan().any()):
+    for row, part in zip(masks['layers'], values.split(_lengths(masks, masks['layers']))):
+        name, view, block = row
+        if not _is_n_of_m(masks, row) and not bool(part.isnan().any()):
             weight = checkpoint.weights.get(f'{name}.weight')
             ndim = len(view) if weight is None else weight.ndim
             layer = known.get(name) or Layer(name, tuple(view[-ndim:]), math.prod(view))
@@ -132,17 +141,25 @@ def _is_channels(masks: dict[str, Any]) -> bool:
     return any(isinstance(item[2], int) for item in masks['layers'])
 
 
-def _lengths(layers: Sequence[Any]) -> list[int]:
-    """Number of blocks of each row of the masks' description: units of channels, N:M, blocks."""
+def _patterns(masks: dict[str, Any]) -> list[str]:
+    """The N:M of the masks: their budgets are named like their blocks."""
+    parts = dict.fromkeys(row[0] for row in masks.get('budgets', []))
+    return [part for part in parts if re.fullmatch(r'\d+:\d+', part)]
+
+
+def _is_n_of_m(masks: dict[str, Any], row: Sequence[Any]) -> bool:
+    """Whether a row of the description is of N:M; of a matrix, a block has two numbers too."""
+    return isinstance(row[2], (list, tuple)) and ':'.join(map(str, row[2])) in _patterns(masks)
+
+
+def _lengths(masks: dict[str, Any], rows: Sequence[Any]) -> list[int]:
+    """Number of blocks of each row of the description: units of channels, N:M, blocks."""
     return [
         rest if isinstance(rest, int)
-        else math.prod(block_grid(view, rest if len(rest) == len(view) else [1] * len(view)))
-        for _, view, rest in layers
+        else math.prod(view) if _is_n_of_m(masks, (name, view, rest))
+        else math.prod(block_grid(view, rest))
+        for name, view, rest in rows
     ]  # fmt: skip
-
-
-def _by_layer(values: Tensor, layers: Sequence[Any]) -> Sequence[Tensor]:
-    return values.split(_lengths(layers))
 
 
 def _mask(masks: dict[str, Any]) -> Tensor | None:
@@ -168,7 +185,7 @@ def _thresholds(masks: dict[str, Any]) -> Tensor:
         return torch.full_like(masks['importance'], torch.nan, dtype=torch.float64)
     values = []
     for rows, threshold in zip(plans, found):
-        lengths = torch.tensor(_lengths(rows))
+        lengths = torch.tensor(_lengths(masks, rows))
         threshold = torch.as_tensor(threshold, dtype=torch.float64).flatten()
         if len(threshold) == 1:
             values.append(threshold.expand(int(lengths.sum())))
@@ -180,17 +197,13 @@ def _thresholds(masks: dict[str, Any]) -> Tensor:
 
 
 def _plans(masks: dict[str, Any]) -> list[list[Any]]:
-    """The description's rows, one list a plan: parts of the network in the order of their budgets.
-
-    The budget of N:M is named like its block.
-    """
+    """The description's rows, one list a plan: parts of the network, ordered as their budgets."""
     parts = list(dict.fromkeys(row[0] for row in masks.get('budgets', [])))
-    patterns = [part for part in parts if re.fullmatch(r'\d+:\d+', part)]
+    patterns = _patterns(masks)
     plans: dict[str, list[Any]] = {part: [] for part in parts}
     for row in masks['layers']:
-        written = ':'.join(map(str, row[2])) if isinstance(row[2], (list, tuple)) else ''
-        if written in patterns:
-            plans[written].append(row)
+        if _is_n_of_m(masks, row):
+            plans[':'.join(map(str, row[2]))].append(row)
             continue
         part = next((x for x in parts if x not in patterns and (not x or matches(x, row[0]))), None)
         if part is not None:
@@ -199,7 +212,7 @@ def _plans(masks: dict[str, Any]) -> list[list[Any]]:
 
 
 def importances(checkpoint: Checkpoint) -> Importances | None:
-    """Importance minus threshold of every block; None before the search.
+    """Importance minus threshold of every block; None before the search, or without thresholds.
 
     Where there is no θ, once the masks are hard or for a rival of SMART, it is put where fewest
     blocks are on the wrong side of it.
@@ -215,12 +228,14 @@ def importances(checkpoint: Checkpoint) -> Importances | None:
     else:
         kept = values > 0.5
         plans = _plans(masks) if len(masks.get('budgets', [])) > 1 else [masks['layers']]
-        lengths = [sum(_lengths(rows)) for rows in plans]
+        lengths = [sum(_lengths(masks, rows)) for rows in plans]
         if sum(lengths) != len(kept):
             lengths = [len(kept)]
         parts = zip(importance.split(lengths), kept.split(lengths))
         distance = torch.cat([part - _boundary(part, stays) for part, stays in parts])
     known = distance.isfinite()
+    if not bool(known.any()):  # of N:M, each row has a threshold of its own
+        return None
     return Importances(distance[known].numpy(), (values > 0.5)[known].numpy(), temperature)
 
 
