@@ -194,10 +194,25 @@ def test_numbers_with_an_exponent_are_numbers(tmp_path):
     assert suite.tasks['a'].sparsities == [0.5]
 
 
+def test_a_mapping_may_be_merged_that_is_merged_itself_deeper_down(tmp_path):
+    start = f'config: {CONFIG}, metric: mIoU, seeds: [0]'
+    text = f"""
+        tasks:
+          a: {{{start}, options: {{x: &one {{lr: 1, end: 2}}, y: &two {{<<: *one, end: 3}}}}}}
+          b: {{{start}, options: {{<<: *two}}}}
+        methods: {{smart: }}
+        blocks: [8x8]
+        sparsities: [0.5]
+    """
+    suite = read_suite(written(tmp_path, text))
+    assert suite.tasks['a'].options['y'] == suite.tasks['b'].options == {'lr': 1, 'end': 3}
+
+
 @pytest.mark.parametrize(
     ('text', 'message'),
     [
         ('seeds: [0]\nseeds: [1]', 'trial.yaml: seeds: given twice'),
+        ('a: &a {b: 1}\nc: {<<: *a, d: 1, d: 2}', 'trial.yaml: d: given twice'),
         ('tasks: {', 'trial.yaml: is no YAML'),
         ('', 'trial.yaml: suite: expected a mapping, got None'),
     ],

@@ -5,11 +5,12 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from mmsmart.compare.plain_yaml import read_yaml
 from mmsmart.shipped import configs_folder
 
 _GRID = ('blocks', 'sparsities', 'seeds')
@@ -79,7 +80,7 @@ def read_suite(path: str | Path) -> Suite:
     """
     path = found(path)
     try:
-        return suite_of(_parsed(path), path.stem)
+        return suite_of(read_yaml(path), path.stem)
     except ValueError as error:
         raise ValueError(f'{path}: {error}') from error
 
@@ -281,29 +282,3 @@ def _is_share(value: Any) -> bool:
 
 def _is_seed(value: Any) -> bool:
     return type(value) is int and value >= 0
-
-
-def _parsed(path: Path) -> Any:
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        """Without the traps of YAML 1.1: a key given twice, and `1e-3` read as text."""
-
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            _expect_once([key.value for key, _ in node.value], node.start_mark.line + 1)
-            return super().construct_mapping(node, deep)
-
-    number = re.compile(r'[-+]?[0-9][0-9_]*(\.[0-9]*)?[eE][-+]?[0-9]+$')
-    Loader.add_implicit_resolver('tag:yaml.org,2002:float', number, list('-+0123456789'))
-    try:
-        return yaml.load(path.read_text(encoding='utf-8'), Loader=Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(f'is no YAML: {error}') from error
-
-
-def _expect_once(keys: Iterable[Any], line: int) -> None:
-    seen = set()
-    for key in keys:
-        if key != '<<' and str(key) in seen:
-            raise ValueError(f'{key}: given twice in the mapping that begins in line {line}.')
-        seen.add(str(key))
