@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -122,6 +122,18 @@ def slug(name: str) -> str:
         'fixed-temperature-0.1'
     """
     return re.sub(r'[^\w.]+', '-', name).strip('-.')
+
+
+def folder_of(value: Any) -> str:
+    """What stands for a name, a block, a sparsity or a seed in the path of a run.
+
+    Example:
+        >>> folder_of('2:4'), folder_of([16, 8, 1, 1]), folder_of(0.90), folder_of(0)
+        ('2-4', '16x8x1x1', '0.9', '0')
+    """
+    if isinstance(value, (str, list)):
+        return slug(block_name(value))
+    return f'{value:g}' if isinstance(value, float) else str(value)
 
 
 def block_name(block: str | Sequence[int]) -> str:
@@ -248,14 +260,11 @@ def _named(where: str, content: Any) -> dict[str, Any]:
     content = _mapping(where, content)
     if not content:
         raise ValueError(f'{where}: is empty; name at least one.')
-    folders: dict[str, str] = {}
     for name in content:
         folder = slug(name) if isinstance(name, str) else ''
         if not folder or folder == 'dense':
             raise ValueError(f'{where}: {name!r} is no name for a folder (letters, digits, ., -).')
-        if folder in folders:
-            raise ValueError(f'{where}: {name!r} and {folders[folder]!r} lead to one folder.')
-        folders[folder] = name
+    _expect_apart(where, content)
     return content
 
 
@@ -265,9 +274,20 @@ def _several(
     values = content.get(key)
     if not isinstance(values, list) or not values or not all(map(is_one, values)):
         raise ValueError(f'{where}.{key}: expected a list of {expected}, got {values!r}.')
-    written = [str(value) for value in values]
-    if len(set(written)) < len(written):
-        raise ValueError(f'{where}.{key}: one of {written} is there twice.')
+    _expect_apart(f'{where}.{key}', values)
+
+
+def _expect_apart(where: str, values: Iterable[Any]) -> None:
+    """Refuse what would write into one folder."""
+    folders: dict[str, Any] = {}
+    for value in values:
+        folder = folder_of(value)
+        if folder in folders:
+            raise ValueError(
+                f'{where}: {folders[folder]!r} and {value!r} lead to one folder, {folder!r}. '
+                'Change one of them, or leave it out.'
+            )
+        folders[folder] = value
 
 
 def _is_block(value: Any) -> bool:
