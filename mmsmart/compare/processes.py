@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -49,7 +50,15 @@ def run_jobs(
             `--work-dir` follows and, to go on with a run, `--resume`.
         environments: Variables of each run at a time, so as many runs at a time.
         check: Raises ValueError for a result that can't be used.
+
+    Raises:
+        ValueError: If there is no such command, or runs can't be held in `root`.
     """
+    if not command or shutil.which(command[0]) is None:
+        raise ValueError(
+            f'command: expected a program and its arguments, got {" ".join(command)!r}, which '
+            'begins with none. Give the path of one, or a name that PATH leads to.'
+        )
     waiting, running, free = list(jobs), [], list(range(len(environments)))
     failed: set[str] = set()
     held: set[str] = set()
@@ -191,7 +200,10 @@ def _ended(run: _Run, check: Callable[[Job], None]) -> dict[str, Any]:
 
 
 def _failed_before(folder: JobFolder, error: Exception) -> dict[str, Any]:
-    """What is told of a job that could not be started; its folder stays as it is."""
+    """What is told of a job that could not be started.
+
+    Its folder does not say so: the next start is to go on where this one would have.
+    """
     return {**folder.record(), 'state': FAILED, 'reason': str(error), 'log': []}
 
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import time
 from contextlib import closing
+from pathlib import Path
+
+import pytest
 
 from engine.desks import COMMAND, NAMES
 from mmsmart.compare import JobFolder, jobs_of, read_suite, run_jobs
@@ -37,4 +42,54 @@ def test_a_run_that_another_process_holds_is_left_to_it(desk):
         holder.note_end('done', 1.0)
         lock.close()
         assert next(events)[1] == 'done'
+    assert desk.calls() == []
+
+
+def settings(**changes):
+    """Methods of which only the first has these settings."""
+    return {'smart': changes, 'magnitude': {}}
+
+
+def test_a_start_that_fails_keeps_what_a_finished_run_wrote(desk):
+    desk.run('--only', NAMES[1])
+    replaced = desk.root / f'{NAMES[1]}.replaced'
+    desk.write(methods=settings(recalibrate=1))
+    Path('no_format').write_text('no program')
+    Path('no_format').chmod(0o755)
+    for _ in range(2):
+        assert not desk.run('--only', NAMES[1], '--command', './no_format')
+        assert 'Exec format error' in desk.shown
+        assert (replaced / 'pruning.json').is_file()
+    assert desk.run('--only', NAMES[1])
+    assert (replaced / 'pruning.json').is_file()
+
+
+def test_of_replaced_runs_a_finished_one_is_kept_rather_than_a_failed_one(desk):
+    desk.run('--only', NAMES[1])
+    replaced = desk.root / f'{NAMES[1]}.replaced'
+    for value in (1, 2):
+        desk.write({NAMES[1]: 'fail'}, methods=settings(recalibrate=value))
+        assert not desk.run('--only', NAMES[1])
+        assert (desk.root / NAMES[1] / 'epoch_1.pth').is_file()
+        assert (replaced / 'pruning.json').is_file()
+
+
+def test_a_command_that_is_not_there_is_refused_before_anything_changes(desk):
+    desk.run('--only', NAMES[1])
+    before = {path: path.stat().st_mtime_ns for path in (desk.root / 'net').rglob('*')}
+    desk.write(methods=settings(recalibrate=1))
+    with pytest.raises(ValueError, match=r"command: expected a program .*, got 'no_such -x'"):
+        desk.run('--only', NAMES[1], '--command', 'no_such -x')
+    assert before == {path: path.stat().st_mtime_ns for path in (desk.root / 'net').rglob('*')}
+
+
+def test_a_file_system_without_locks_is_named_and_not_waited_for(desk, monkeypatch):
+    def no_locks(file, flags):
+        raise OSError(errno.ENOLCK, 'No locks available')
+
+    monkeypatch.setattr(fcntl, 'flock', no_locks)
+    jobs = jobs_of(read_suite('trial.yaml'))
+    with closing(run_jobs(jobs, desk.root, COMMAND, [{}])) as events:
+        with pytest.raises(ValueError, match=r'work-dir: .*trial is on .* \(No locks available\)'):
+            next(events)
     assert desk.calls() == []
