@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO, Any
 
@@ -147,7 +148,8 @@ class JobFolder:
     def note_end(self, state: str, seconds: float, **entries: Any) -> dict[str, Any]:
         """:meth:`note` that a run ended, after so many seconds more."""
         total = None if self._seconds is None else round(self._seconds + seconds, 1)
-        return self.note(state=state, seconds=total, **entries)
+        ended = datetime.now(timezone.utc).isoformat()  # no two ends have the same record
+        return self.note(state=state, seconds=total, ended=ended, **entries)
 
     def last_lines(self, count: int = 20) -> list[str]:
         """Of what the run printed."""

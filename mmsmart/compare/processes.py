@@ -60,6 +60,7 @@ def run_jobs(
             'begins with none. Give the path of one, or a name that PATH leads to.'
         )
     waiting, running, free = list(jobs), [], list(range(len(environments)))
+    before = {job.name: JobFolder(root, job).record() for job in jobs}
     failed: set[str] = set()
     held: set[str] = set()
     try:
@@ -78,9 +79,12 @@ def run_jobs(
                         yield job, HELD, {}
                     continue
                 waiting.remove(job)
-                if folder.state() == DONE:  # by another process meanwhile
-                    lock.close()
-                    yield job, DONE, folder.record()
+                state, record = folder.state(), folder.record()
+                if state == DONE or (state == FAILED and record != before[job.name]):
+                    lock.close()  # another process has run it meanwhile
+                    if state == FAILED:
+                        failed.add(job.name)
+                    yield job, state, record
                     continue
                 try:
                     if job.dense is not None and job.dense.name in failed:

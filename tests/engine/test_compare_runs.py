@@ -45,6 +45,25 @@ def test_a_run_that_another_process_holds_is_left_to_it(desk):
     assert desk.calls() == []
 
 
+def test_failed_run_is_not_run_again_by_another_process(desk):
+    """Neither if it was found held, nor if it failed while this process looked elsewhere."""
+    desk.write({NAMES[0]: 'fail', NAMES[3]: 'fail'})
+    assert not desk.run('--only', '*/dense/*')  # long ago, so both are tried again
+    desk.write({NAMES[0]: 'fail', NAMES[3]: 'fail'})
+    jobs = jobs_of(read_suite('trial.yaml'))
+    holder = JobFolder(desk.root, jobs[0])
+    lock = holder.lock()
+    with closing(run_jobs(jobs, desk.root, COMMAND, [{}])) as events:
+        assert next(events)[:2] == (jobs[0], 'held')
+        lock.close()
+        assert not desk.run('--only', '*/dense/*')
+        calls = desk.calls()
+        told = {job.name: (state, record['reason']) for job, state, record in events}
+    assert calls == desk.calls() == [NAMES[0], NAMES[3]]
+    assert told[NAMES[0]] == told[NAMES[3]] == ('failed', 'ended with exit code 1')
+    assert told[NAMES[1]] == ('failed', f'{NAMES[0]} failed, so it was not run.')
+
+
 def settings(**changes):
     """Methods of which only the first has these settings."""
     return {'smart': changes, 'magnitude': {}}
@@ -89,7 +108,7 @@ def test_a_file_system_without_locks_is_named_and_not_waited_for(desk, monkeypat
 
     monkeypatch.setattr(fcntl, 'flock', no_locks)
     jobs = jobs_of(read_suite('trial.yaml'))
-    with closing(run_jobs(jobs, desk.root, COMMAND, [{}])) as events:
-        with pytest.raises(ValueError, match=r'work-dir: .*trial is on .* \(No locks available\)'):
-            next(events)
+    message = r'work-dir: .*trial is on .* \(No locks available\)'
+    with pytest.raises(ValueError, match=message):
+        next(run_jobs(jobs, desk.root, COMMAND, [{}]))
     assert desk.calls() == []
