@@ -227,12 +227,10 @@ def test_a_damaged_file_is_refused_by_its_name(tmp_path, text, message):
 def test_runs_at_a_time_share_the_cores_and_have_gpus_of_their_own(monkeypatch):
     monkeypatch.setattr('os.sched_getaffinity', lambda _: range(6))
     monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
-    monkeypatch.delenv('PORT', raising=False)
     assert [slot['OMP_NUM_THREADS'] for slot in environments(2, [], 1)] == ['3', '3']
     assert len(environments(None, [], 1)) == 6
     slots = environments(None, ['4', '5', '6', '7'], 2)
     assert [slot['CUDA_VISIBLE_DEVICES'] for slot in slots] == ['4,5', '6,7']
-    assert len({slot['PORT'] for slot in slots}) == 2
     assert not any('OMP_NUM_THREADS' in slot for slot in slots)
     shared = environments(3, ['4', '5'], 1)
     assert [slot['CUDA_VISIBLE_DEVICES'] for slot in shared] == ['4', '5', '4']
@@ -243,6 +241,14 @@ def test_runs_at_a_time_share_the_cores_and_have_gpus_of_their_own(monkeypatch):
 def test_threads_that_the_user_has_set_stay(monkeypatch):
     monkeypatch.setenv('OMP_NUM_THREADS', '1')
     assert not any('OMP_NUM_THREADS' in slot for slot in environments(2, [], 1))
+
+
+def test_ports_count_up_from_that_of_the_user(monkeypatch):
+    monkeypatch.setenv('PORT', '4000')
+    assert [slot['PORT'] for slot in environments(2, [], 1)] == ['4000', '4001']
+    monkeypatch.setenv('PORT', 'any')
+    with pytest.raises(ValueError, match="PORT: expected a number such as 29500, got 'any'"):
+        environments(2, [], 1)
 
 
 def result(method, sparsity, seed, value, dense=70.0, task='small', block='8x8'):

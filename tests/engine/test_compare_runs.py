@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import socket
+import sys
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
 
 from engine.desks import COMMAND, NAMES
-from mmsmart.compare import JobFolder, jobs_of, read_suite, run_jobs
+from mmsmart.compare import JobFolder, environments, jobs_of, read_suite, run_jobs
 
 
 def test_a_stopped_run_is_ended_and_goes_on_from_its_checkpoint(desk):
@@ -62,6 +64,19 @@ def test_failed_run_is_not_run_again_by_another_process(desk):
     assert calls == desk.calls() == [NAMES[0], NAMES[3]]
     assert told[NAMES[0]] == told[NAMES[3]] == ('failed', 'ended with exit code 1')
     assert told[NAMES[1]] == ('failed', f'{NAMES[0]} failed, so it was not run.')
+
+
+def test_a_run_has_a_port_that_no_other_listens_on(desk, monkeypatch):
+    monkeypatch.delenv('PORT', raising=False)
+    listening = 'import os, socket; socket.create_server(("", int(os.environ["PORT"])))'
+    jobs = jobs_of(read_suite('trial.yaml'))[:1]
+    with closing(socket.socket()) as other:  # of another process of the tool
+        with suppress(OSError):
+            other.bind(('', 29500))
+            other.listen()
+        list(run_jobs(jobs, desk.root, [sys.executable, '-c', listening], environments(1, [], 1)))
+    folder = JobFolder(desk.root, jobs[0])
+    assert folder.record()['reason'] == 'ended without a checkpoint', folder.last_lines()
 
 
 def settings(**changes):
