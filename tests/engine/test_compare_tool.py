@@ -110,6 +110,19 @@ def test_a_dry_run_writes_nothing_and_tables_alone_run_nothing(desk):
     assert '0 of 4 runs are finished' in desk.page() and '4 runs were not made' in desk.page()
 
 
+def test_tables_alone_count_dense_runs_and_tell_other_settings_from_failures(desk):
+    assert not desk.run('--table-only')
+    assert '0 of 6 runs are finished, 0 failed; tables' in desk.shown
+    assert not desk.run('--table-only', '--only', '*/dense/*')
+    assert '0 of 2 runs are finished' in desk.shown
+    desk.write({NAMES[2]: 'fail'})
+    desk.run('--only', '*/seed0')
+    desk.write(methods={'smart': {'temperature': {'end': 0.1}}, 'magnitude': {}})
+    assert not desk.run('--table-only')
+    assert '1 of 6 runs are finished, 1 failed, 1 have other settings; tables' in desk.shown
+    assert desk.run('--table-only', '--only', 'net/dense/seed0')
+
+
 @pytest.mark.parametrize(
     ('methods', 'message'),
     [
