@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -211,6 +212,20 @@ def test_configs_of_a_shipped_suite_inherit_what_they_change(path, tmp_path):
             'param_scheduler.T_max',
             'val_dataloader.dataset.split',
         }
+
+
+def test_documentation_counts_the_runs_of_every_shipped_suite():
+    page = (REPO / 'docs/comparing.md').read_text()
+    rows = re.findall(r'^\| (`.*\.yaml`) \| (.*?) \|', page, re.M)
+    told = {}
+    for names, counts in rows:
+        told |= zip(re.findall(r'`(\w+)\.yaml`', names), counts.split('; '), strict=True)
+    planned = {}
+    for path in SUITES:
+        jobs = jobs_of(read_suite(path))
+        dense = sum(job.method is None for job in jobs)
+        planned[path.stem] = (f'{dense} dense, ' if dense else '') + str(len(jobs) - dense)
+    assert told == planned
 
 
 def keys(part, prefix=''):
