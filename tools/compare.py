@@ -80,8 +80,9 @@ def compared(args: argparse.Namespace, console: Any) -> bool:
             raise ValueError(f'{key.replace("_", "-")}: {getattr(args, key)} is below 1.')
     suite = read_suite(args.suite)
     every = jobs_of(suite)
-    expect_valid(every)
     chosen = selected(every, args.only)
+    if not args.table_only:
+        expect_valid(chosen)
     root = Path(args.work_dir or Path('work_dirs/compare') / suite.name).resolve()
     if args.dry_run:
         for number, job in enumerate(chosen, 1):
