@@ -126,7 +126,8 @@ def _excluded_by_rule(model: nn.Module, overrides: Sequence[dict[str, Any]]) -> 
             raise ValueError(
                 f'layers: the pattern {rule["pattern"]!r} matches no convolution or linear layer.'
             )
-        excluded = excluded | matched if rule['exclude'] else excluded - matched
+        if 'exclude' in rule:
+            excluded = excluded | matched if rule['exclude'] else excluded - matched
     return excluded
 
 
