@@ -25,7 +25,7 @@ from mmsmart.functional import (
     block_scale,
     block_sizes,
 )
-from mmsmart.layer_rules import Block, NOfM, checked_rule, matches, read_block
+from mmsmart.layer_rules import Block, NOfM, checked_rules, matches, read_block
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -163,7 +163,7 @@ def find_layers(
         ('0', (16, 8, 1, 1), 36)
     """
     block = read_block('block', block)
-    rules = [checked_rule(index, rule) for index, rule in enumerate(overrides)]
+    rules = checked_rules(overrides)
     matched = [False] * len(rules)
     layers: list[BlockLayer] = []
     excluded: list[Excluded] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any
@@ -77,6 +78,20 @@ def _of_part(part: str, wanted: Any, resource: str) -> list[Target]:
         except ValueError as error:
             raise ValueError(f'{error} (in sparsity[{part or key!r}])') from error
     return [Target(part, key, share) for key, share in wanted.items()]
+
+
+def expect_fixed(targets: Iterable[Target], n: int, m: int) -> None:
+    """Refuse targets that N of M contradicts, where it fixes the density of every layer.
+
+    Raises:
+        ValueError: For a sparsity that N and M do not give.
+    """
+    for target in targets:
+        if abs(target.sparsity - (1 - n / m)) > 1e-9:
+            raise ValueError(
+                f'sparsity: {target.sparsity} contradicts the block {n}:{m}, which removes '
+                f'{1 - n / m:g} of every layer. Leave `sparsity` out, or write {1 - n / m:g}.'
+            )
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from mmsmart.blocks import Excluded, is_layer
 from mmsmart.dependency import ChannelTies, Forward, Side, TiedGroup, trace_ties
-from mmsmart.layer_rules import checked_rule, matches
+from mmsmart.layer_rules import checked_rules, matches
 from mmsmart.shrink import NORMS, TRANSPOSED, Kept, cut_channels, in_axis, is_grouped, out_axis
 
 # The masked and the cut network add the same numbers up in another order.
@@ -120,19 +120,14 @@ def find_channels(
 def _excluded_by_rule(model: nn.Module, overrides: Sequence[dict[str, Any]]) -> set[str]:
     names = [name for name, module in model.named_modules() if is_layer(module)]
     excluded: set[str] = set()
-    for index, rule in enumerate(overrides):
-        rule = checked_rule(index, rule)
-        if 'block' in rule:
-            raise ValueError(
-                f"layers[{index}].block: can't be set beside block='channel', which cuts coupled "
-                'channels. Leave it out, or exclude the layer.'
-            )
+    for rule in checked_rules(overrides, coupled=True):
         matched = {name for name in names if matches(rule['pattern'], name)}
         if not matched:
             raise ValueError(
                 f'layers: the pattern {rule["pattern"]!r} matches no convolution or linear layer.'
             )
-        excluded = excluded | matched if rule['exclude'] else excluded - matched
+        if 'exclude' in rule:
+            excluded = excluded | matched if rule['exclude'] else excluded - matched
     return excluded
 
 

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import secrets
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -206,7 +207,9 @@ def stock_state(model: nn.Module) -> dict[str, Tensor]:
 def complete_or_absent(path: str | Path) -> Iterator[Path]:
     """Give a temporary name beside `path`, renamed to it when the block ends without an error."""
     path = Path(path)
-    temporary = path.with_name(f'.{path.stem}.{os.getpid()}.tmp{path.suffix}')
+    # By chance: containers that share a folder share the numbers of processes too. Short, since
+    # torch.save writes the name before every tensor.
+    temporary = path.with_name(f'.{path.stem}.{secrets.token_hex(4)}.tmp{path.suffix}')
     try:
         yield temporary
         os.replace(temporary, path)

@@ -88,13 +88,24 @@ def checked_rule(index: int, rule: dict[str, Any]) -> dict[str, Any]:
     return rule
 
 
+def checked_rules(rules: Sequence[dict[str, Any]], coupled: bool = False) -> list[dict[str, Any]]:
+    """:func:`checked_rule` of all; with `coupled` channels none of them may name a block."""
+    checked = [checked_rule(index, rule) for index, rule in enumerate(rules)]
+    for index, rule in enumerate(checked):
+        if coupled and 'block' in rule:
+            raise ValueError(
+                f"layers[{index}].block: can't be set beside block='channel', which cuts coupled "
+                'channels. Leave it out, or exclude the layer.'
+            )
+    return checked
+
+
 def least_densities(
     names: Sequence[str], overrides: Sequence[dict[str, Any]]
 ) -> dict[str, float | None]:
     """`min_density` of each layer by the rules of `layers`; None where no rule says one."""
     densities: dict[str, float | None] = dict.fromkeys(names)
-    for index, rule in enumerate(overrides):
-        rule = checked_rule(index, rule)
+    for rule in checked_rules(overrides):
         if 'min_density' in rule:
             found = [name for name in names if matches(rule['pattern'], name)]
             densities.update(dict.fromkeys(found, rule['min_density']))

@@ -459,6 +459,13 @@ def test_the_last_rule_that_matches_counts():
     }
 
 
+def test_a_rule_that_says_nothing_of_excluding_excludes_nothing_and_takes_nothing_back():
+    rules = [dict(pattern='a', exclude=True), dict(pattern='*', min_density=0.5)]
+    _, groups, excluded = find_channels(Net(chain, **three()), forward, rules)
+    assert [group.name for group in groups] == ['b']
+    assert ('a', 'excluded by a rule of `layers`') in [(x.name, x.reason) for x in excluded]
+
+
 def test_no_rule_can_cut_the_outputs_of_the_model():
     _, _, excluded = find_channels(
         Net(chain, **three()), forward, [dict(pattern='c', exclude=False)]

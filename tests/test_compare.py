@@ -147,7 +147,7 @@ SMALL = ('tasks', 'small')
         ({'methods': {}}, 'suite.tasks: is missing'),
         (content(methods={}), 'methods: is empty'),
         (content(methods=['smart']), r"methods: expected a mapping, got \['smart'\]"),
-        (content(methods={'a b': {}, 'a-b': {}}), "'a-b' and 'a b' lead to one folder"),
+        (content(methods={'a b': {}, 'a-b': {}}), "'a b' and 'a-b' lead to one folder"),
         (content(methods={'dense': {}}), "'dense' is no name for a folder"),
         (content(methods={'smart': {'block': '8x8'}}), 'methods.smart.block.*`blocks`'),
         (broken((*SMALL, 'metrics'), 'x'), "tasks.small: unknown key 'metrics'.*'metric'"),
@@ -158,7 +158,9 @@ SMALL = ('tasks', 'small')
         (broken((*SMALL, 'options'), {'a..b': 1}), r"'a..b' is no dotted key"),
         (broken(('tasks', 'given', 'dense_options'), {'a': 1}), 'given.dense_options.*no `dense`'),
         (broken((*SMALL, 'sparsities'), [0.5, 1.2]), r'small.sparsities: .*\(0, 1\), got'),
-        (broken((*SMALL, 'sparsities'), [0.5, 0.5]), 'small.sparsities: .*twice'),
+        (broken((*SMALL, 'sparsities'), [0.5, 0.5]), 'small.sparsities: 0.5 and 0.5 lead to one'),
+        (broken((*SMALL, 'sparsities'), [0.1234567, 0.1234568]), "one folder, '0.123457'"),
+        (broken((*SMALL, 'blocks'), ['8x8', [8, 8]]), r"'8x8' and \[8, 8\] lead to one folder"),
         (broken((*SMALL, 'seeds'), [True]), 'small.seeds: expected a list of integers'),
         (broken((*SMALL, 'seeds'), 3), 'small.seeds: expected a list of integers'),
         (broken((*SMALL, 'blocks'), [124]), 'small.blocks: expected a list of blocks.*in quotes'),
@@ -194,10 +196,25 @@ def test_numbers_with_an_exponent_are_numbers(tmp_path):
     assert suite.tasks['a'].sparsities == [0.5]
 
 
+def test_a_mapping_may_be_merged_that_is_merged_itself_deeper_down(tmp_path):
+    start = f'config: {CONFIG}, metric: mIoU, seeds: [0]'
+    text = f"""
+        tasks:
+          a: {{{start}, options: {{x: &one {{lr: 1, end: 2}}, y: &two {{<<: *one, end: 3}}}}}}
+          b: {{{start}, options: {{<<: *two}}}}
+        methods: {{smart: }}
+        blocks: [8x8]
+        sparsities: [0.5]
+    """
+    suite = read_suite(written(tmp_path, text))
+    assert suite.tasks['a'].options['y'] == suite.tasks['b'].options == {'lr': 1, 'end': 3}
+
+
 @pytest.mark.parametrize(
     ('text', 'message'),
     [
         ('seeds: [0]\nseeds: [1]', 'trial.yaml: seeds: given twice'),
+        ('a: &a {b: 1}\nc: {<<: *a, d: 1, d: 2}', 'trial.yaml: d: given twice'),
         ('tasks: {', 'trial.yaml: is no YAML'),
         ('', 'trial.yaml: suite: expected a mapping, got None'),
     ],
@@ -210,12 +227,10 @@ def test_a_damaged_file_is_refused_by_its_name(tmp_path, text, message):
 def test_runs_at_a_time_share_the_cores_and_have_gpus_of_their_own(monkeypatch):
     monkeypatch.setattr('os.sched_getaffinity', lambda _: range(6))
     monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
-    monkeypatch.delenv('PORT', raising=False)
     assert [slot['OMP_NUM_THREADS'] for slot in environments(2, [], 1)] == ['3', '3']
     assert len(environments(None, [], 1)) == 6
     slots = environments(None, ['4', '5', '6', '7'], 2)
     assert [slot['CUDA_VISIBLE_DEVICES'] for slot in slots] == ['4,5', '6,7']
-    assert len({slot['PORT'] for slot in slots}) == 2
     assert not any('OMP_NUM_THREADS' in slot for slot in slots)
     shared = environments(3, ['4', '5'], 1)
     assert [slot['CUDA_VISIBLE_DEVICES'] for slot in shared] == ['4', '5', '4']
@@ -226,6 +241,14 @@ def test_runs_at_a_time_share_the_cores_and_have_gpus_of_their_own(monkeypatch):
 def test_threads_that_the_user_has_set_stay(monkeypatch):
     monkeypatch.setenv('OMP_NUM_THREADS', '1')
     assert not any('OMP_NUM_THREADS' in slot for slot in environments(2, [], 1))
+
+
+def test_ports_count_up_from_that_of_the_user(monkeypatch):
+    monkeypatch.setenv('PORT', '4000')
+    assert [slot['PORT'] for slot in environments(2, [], 1)] == ['4000', '4001']
+    monkeypatch.setenv('PORT', 'any')
+    with pytest.raises(ValueError, match="PORT: expected a number such as 29500, got 'any'"):
+        environments(2, [], 1)
 
 
 def result(method, sparsity, seed, value, dense=70.0, task='small', block='8x8'):

@@ -174,6 +174,17 @@ def test_a_new_file_replaces_the_old_one_only_when_it_is_complete(tmp_path):
     assert files(tmp_path) == ['report.json']
 
 
+def test_writers_of_one_file_do_not_share_a_temporary_whatever_their_process_number(tmp_path):
+    with (
+        complete_or_absent(tmp_path / 'a.json') as first,
+        complete_or_absent(tmp_path / 'a.json') as second,
+    ):
+        first.write_text('first')
+        second.write_text('second')
+    assert (tmp_path / 'a.json').read_text() == 'first'
+    assert files(tmp_path) == ['a.json']
+
+
 def test_a_block_that_writes_nothing_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError), complete_or_absent(tmp_path / 'a.json'):
         pass

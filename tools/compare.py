@@ -17,6 +17,7 @@ import shlex
 import signal
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -79,8 +80,9 @@ def compared(args: argparse.Namespace, console: Any) -> bool:
             raise ValueError(f'{key.replace("_", "-")}: {getattr(args, key)} is below 1.')
     suite = read_suite(args.suite)
     every = jobs_of(suite)
-    expect_valid(every)
     chosen = selected(every, args.only)
+    if not args.table_only:
+        expect_valid(chosen)
     root = Path(args.work_dir or Path('work_dirs/compare') / suite.name).resolve()
     if args.dry_run:
         for number, job in enumerate(chosen, 1):
@@ -95,11 +97,11 @@ def compared(args: argparse.Namespace, console: Any) -> bool:
         console.print(f'{suite.name}: {counted(root, chosen)}; {len(slots)} at a time, in {root}')
         run(args, chosen, root, slots, report, console)
     report.write(draw=True)
-    missing = [job for job in chosen if job.name in report.missing]
-    failed = [job.name for job in missing if report.missing[job.name] != 'not run yet']
-    console.print(f'{len(chosen) - len(missing)} of {len(chosen)} runs are finished, '
-                  f'{len(failed)} failed; tables: {root / "results.md"}')  # fmt: skip
-    return not missing
+    states = report.states(chosen)
+    changed = f', {states["changed"]} have other settings' if states['changed'] else ''
+    console.print(f'{states["done"]} of {len(chosen)} runs are finished, {states["failed"]} failed'
+                  f'{changed}; tables: {root / "results.md"}')  # fmt: skip
+    return states['done'] == len(chosen)
 
 
 def run(
@@ -169,6 +171,16 @@ class Report:
         text = markdown(self.suite, self.jobs, self.results, self.missing, self.root)
         with complete_or_absent(self.root / 'results.md') as temporary:
             temporary.write_text(text)
+
+    def states(self, jobs: Sequence[Any]) -> Counter[str]:
+        """How many runs are in which state; failed is also one whose result can't be used."""
+        from mmsmart.compare import JobFolder
+
+        states: Counter[str] = Counter()
+        for job in jobs:
+            state = JobFolder(self.root, job).state()
+            states['failed' if state == 'done' and job.name in self.missing else state] += 1
+        return states
 
     def line(self, job: Any, record: dict[str, Any]) -> str:
         """What is said of a finished job."""

@@ -16,7 +16,7 @@ from .results import (
     mean_of,
     save_csv,
 )
-from .suite import Method, Suite, Task, block_name, read_suite, suite_of
+from .suite import Method, Suite, Task, block_name, found, read_suite, suite_of
 
 __all__ = [
     'Duel',
@@ -36,6 +36,7 @@ __all__ = [
     'duels',
     'environments',
     'expect_result',
+    'found',
     'jobs_of',
     'markdown',
     'mean_of',

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,11 +33,7 @@ class JobFolder:
 
     def record(self) -> dict[str, Any]:
         """What `job.json` says; nothing if it is not there, or no JSON."""
-        try:
-            record = json.loads((self.path / 'job.json').read_text())
-        except (OSError, ValueError):
-            return {}
-        return record if isinstance(record, dict) else {}
+        return _record(self.path)
 
     def state(self) -> str:
         """'done', 'begun' (and stopped), 'failed', 'changed' (of other settings) or 'new'."""
@@ -94,20 +91,31 @@ class JobFolder:
         """Hold the folder until the returned file is closed; None if another process holds it.
 
         A run inherits the file, so a folder stays held while anything still writes to it.
+
+        Raises:
+            ValueError: If nothing can be held on its file system.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         file = (self.path.parent / f'.{self.path.name}.lock').open('a')
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             file.close()
             return None
+        except OSError as error:
+            file.close()
+            raise ValueError(
+                f'work-dir: {self.root} is on a file system without locks ({error.strerror}), and '
+                'without them two processes could write to one run. Take a --work-dir on another '
+                'one, such as a local disk.'
+            ) from error
         return file
 
     def prepare(self) -> bool:
         """Write the config and the record of a run that begins now; whether it goes on with one.
 
-        What lies there of another run is renamed to `seed0.replaced`; of these one is kept.
+        What lies there of another run is renamed to `seed0.replaced`. Of these one is kept, a
+        finished one rather than one that is not; without a checkpoint there is nothing to keep.
 
         Raises:
             FileNotFoundError: If the weights that it starts from are not there.
@@ -119,8 +127,11 @@ class JobFolder:
             self._seconds = self.record().get('seconds')
         elif self.path.exists():
             old = self.path.with_name(f'{self.path.name}.replaced')
-            shutil.rmtree(old, ignore_errors=True)
-            os.replace(self.path, old)
+            if _worth(self.path) > 0 and _worth(self.path) >= _worth(old):
+                shutil.rmtree(old, ignore_errors=True)
+                os.replace(self.path, old)
+            else:
+                shutil.rmtree(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
         with complete_or_absent(self.config) as temporary:
             temporary.write_text(config_text(self.job, self.config, load_from))
@@ -137,7 +148,8 @@ class JobFolder:
     def note_end(self, state: str, seconds: float, **entries: Any) -> dict[str, Any]:
         """:meth:`note` that a run ended, after so many seconds more."""
         total = None if self._seconds is None else round(self._seconds + seconds, 1)
-        return self.note(state=state, seconds=total, **entries)
+        ended = datetime.now(timezone.utc).isoformat()  # no two ends have the same record
+        return self.note(state=state, seconds=total, ended=ended, **entries)
 
     def last_lines(self, count: int = 20) -> list[str]:
         """Of what the run printed."""
@@ -147,3 +159,18 @@ class JobFolder:
             file.seek(max(self.log.stat().st_size - 20_000, 0))
             text = file.read().decode(errors='replace')
         return [line for line in text.splitlines() if line.strip()][-count:]
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    try:
+        record = json.loads((folder / 'job.json').read_text())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _worth(folder: Path) -> int:
+    """2 for what a finished run wrote, 1 for checkpoints, 0 for less."""
+    if (folder / 'pruning.json').is_file() or _record(folder).get('state') == DONE:
+        return 2
+    return int(any(folder.glob('*.pth')))

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from mmsmart.compare.suite import Method, Suite, Task, block_name, found, merge, slug
+from mmsmart.compare.suite import Method, Suite, Task, block_name, folder_of, found, merge
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def _dense_job(name: str, task: Task, seed: int) -> Job | None:
     if task.dense is None or task.checkpoint is not None:
         return None
     options = merge(task.dense_options, {'randomness': {'seed': seed}})
-    return Job(f'{slug(name)}/dense/seed{seed}', name, seed, task.dense, options, task.metric)
+    return Job(f'{folder_of(name)}/dense/seed{seed}', name, seed, task.dense, options, task.metric)
 
 
 def _pruning_jobs(
@@ -110,7 +110,7 @@ def _pruning_jobs(
     for block in task.blocks:
         for sparsity in task.sparsities:
             for label, method in suite.methods.items():
-                folders = (slug(name), slug(label), slug(block_name(block)), f'{sparsity:g}')
+                folders = map(folder_of, (name, label, block, sparsity))
                 yield Job(
                     name='/'.join([*folders, f'seed{seed}']),
                     task=name,

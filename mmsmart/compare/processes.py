@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -49,8 +51,17 @@ def run_jobs(
             `--work-dir` follows and, to go on with a run, `--resume`.
         environments: Variables of each run at a time, so as many runs at a time.
         check: Raises ValueError for a result that can't be used.
+
+    Raises:
+        ValueError: If there is no such command, or runs can't be held in `root`.
     """
+    if not command or shutil.which(command[0]) is None:
+        raise ValueError(
+            f'command: expected a program and its arguments, got {" ".join(command)!r}, which '
+            'begins with none. Give the path of one, or a name that PATH leads to.'
+        )
     waiting, running, free = list(jobs), [], list(range(len(environments)))
+    before = {job.name: JobFolder(root, job).record() for job in jobs}
     failed: set[str] = set()
     held: set[str] = set()
     try:
@@ -69,9 +80,12 @@ def run_jobs(
                         yield job, HELD, {}
                     continue
                 waiting.remove(job)
-                if folder.state() == DONE:  # by another process meanwhile
-                    lock.close()
-                    yield job, DONE, folder.record()
+                state, record = folder.state(), folder.record()
+                if state == DONE or (state == FAILED and record != before[job.name]):
+                    lock.close()  # another process has run it meanwhile
+                    if state == FAILED:
+                        failed.add(job.name)
+                    yield job, state, record
                     continue
                 try:
                     if job.dense is not None and job.dense.name in failed:
@@ -102,13 +116,15 @@ def run_jobs(
 def environments(jobs: int | None, gpus: Sequence[str], gpus_per_job: int) -> list[dict[str, str]]:
     """Variables for so many runs at a time: each has GPUs or cores of its own.
 
+    `PORT`, of tools/dist_train.sh, counts up from the user's; without one each run finds its own.
+
     Args:
         jobs: How many; if None, as many as there are groups of GPUs, or cores, at most 8.
         gpus: Names of the visible GPUs; runs share them in turn if there are more runs.
         gpus_per_job: How many GPUs a run sees.
 
     Raises:
-        ValueError: If there are not so many GPUs.
+        ValueError: If there are not so many GPUs, or PORT is no number.
     """
     cores = len(os.sched_getaffinity(0))
     if gpus and len(gpus) < gpus_per_job:
@@ -118,9 +134,14 @@ def environments(jobs: int | None, gpus: Sequence[str], gpus_per_job: int) -> li
         for i in range(0, len(gpus) - gpus_per_job + 1, gpus_per_job)
     ]
     count = jobs or len(groups) or min(cores, 8)
+    port = os.environ.get('PORT')
+    if port and not port.isdecimal():
+        raise ValueError(
+            f'PORT: expected a number such as 29500, got {port!r}. Set one, or leave it unset.'
+        )
     variables = []
     for slot in range(count):
-        slots = {'PORT': os.environ.get('PORT', str(29500 + slot))}  # of tools/dist_train.sh
+        slots = {'PORT': str(int(port) + slot)} if port else {}
         if groups:
             slots['CUDA_VISIBLE_DEVICES'] = groups[slot % len(groups)]
         elif 'OMP_NUM_THREADS' not in os.environ:
@@ -161,11 +182,17 @@ def _start(
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, 'PYTHONUNBUFFERED': '1', **variables},
+            env={**os.environ, 'PYTHONUNBUFFERED': '1', 'PORT': _free_port(), **variables},
             pass_fds=[lock.fileno()],
             start_new_session=True,  # Ctrl-C is for us to hand on, to all that it started
         )
     return _Run(folder, process, lock, slot, time.monotonic())
+
+
+def _free_port() -> str:
+    """One that no process listens on, whoever started it."""
+    with socket.create_server(('', 0)) as server:
+        return str(server.getsockname()[1])
 
 
 def _ended(run: _Run, check: Callable[[Job], None]) -> dict[str, Any]:
@@ -191,7 +218,10 @@ def _ended(run: _Run, check: Callable[[Job], None]) -> dict[str, Any]:
 
 
 def _failed_before(folder: JobFolder, error: Exception) -> dict[str, Any]:
-    """What is told of a job that could not be started; its folder stays as it is."""
+    """What is told of a job that could not be started.
+
+    Its folder does not say so: the next start is to go on where this one would have.
+    """
     return {**folder.record(), 'state': FAILED, 'reason': str(error), 'log': []}
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from mmsmart.compare.plain_yaml import read_yaml
 from mmsmart.shipped import configs_folder
 
 _GRID = ('blocks', 'sparsities', 'seeds')
@@ -79,7 +80,7 @@ def read_suite(path: str | Path) -> Suite:
     """
     path = found(path)
     try:
-        return suite_of(_parsed(path), path.stem)
+        return suite_of(read_yaml(path), path.stem)
     except ValueError as error:
         raise ValueError(f'{path}: {error}') from error
 
@@ -121,6 +122,18 @@ def slug(name: str) -> str:
         'fixed-temperature-0.1'
     """
     return re.sub(r'[^\w.]+', '-', name).strip('-.')
+
+
+def folder_of(value: Any) -> str:
+    """What stands for a name, a block, a sparsity or a seed in the path of a run.
+
+    Example:
+        >>> folder_of('2:4'), folder_of([16, 8, 1, 1]), folder_of(0.90), folder_of(0)
+        ('2-4', '16x8x1x1', '0.9', '0')
+    """
+    if isinstance(value, (str, list)):
+        return slug(block_name(value))
+    return f'{value:g}' if isinstance(value, float) else str(value)
 
 
 def block_name(block: str | Sequence[int]) -> str:
@@ -247,14 +260,11 @@ def _named(where: str, content: Any) -> dict[str, Any]:
     content = _mapping(where, content)
     if not content:
         raise ValueError(f'{where}: is empty; name at least one.')
-    folders: dict[str, str] = {}
     for name in content:
         folder = slug(name) if isinstance(name, str) else ''
         if not folder or folder == 'dense':
             raise ValueError(f'{where}: {name!r} is no name for a folder (letters, digits, ., -).')
-        if folder in folders:
-            raise ValueError(f'{where}: {name!r} and {folders[folder]!r} lead to one folder.')
-        folders[folder] = name
+    _expect_apart(where, content)
     return content
 
 
@@ -264,9 +274,20 @@ def _several(
     values = content.get(key)
     if not isinstance(values, list) or not values or not all(map(is_one, values)):
         raise ValueError(f'{where}.{key}: expected a list of {expected}, got {values!r}.')
-    written = [str(value) for value in values]
-    if len(set(written)) < len(written):
-        raise ValueError(f'{where}.{key}: one of {written} is there twice.')
+    _expect_apart(f'{where}.{key}', values)
+
+
+def _expect_apart(where: str, values: Iterable[Any]) -> None:
+    """Refuse what would write into one folder."""
+    folders: dict[str, Any] = {}
+    for value in values:
+        folder = folder_of(value)
+        if folder in folders:
+            raise ValueError(
+                f'{where}: {folders[folder]!r} and {value!r} lead to one folder, {folder!r}. '
+                'Change one of them, or leave it out.'
+            )
+        folders[folder] = value
 
 
 def _is_block(value: Any) -> bool:
@@ -281,29 +302,3 @@ def _is_share(value: Any) -> bool:
 
 def _is_seed(value: Any) -> bool:
     return type(value) is int and value >= 0
-
-
-def _parsed(path: Path) -> Any:
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        """Without the traps of YAML 1.1: a key given twice, and `1e-3` read as text."""
-
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            _expect_once([key.value for key, _ in node.value], node.start_mark.line + 1)
-            return super().construct_mapping(node, deep)
-
-    number = re.compile(r'[-+]?[0-9][0-9_]*(\.[0-9]*)?[eE][-+]?[0-9]+$')
-    Loader.add_implicit_resolver('tag:yaml.org,2002:float', number, list('-+0123456789'))
-    try:
-        return yaml.load(path.read_text(encoding='utf-8'), Loader=Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(f'is no YAML: {error}') from error
-
-
-def _expect_once(keys: Iterable[Any], line: int) -> None:
-    seen = set()
-    for key in keys:
-        if key != '<<' and str(key) in seen:
-            raise ValueError(f'{key}: given twice in the mapping that begins in line {line}.')
-        seen.add(str(key))

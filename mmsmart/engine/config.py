@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from mmsmart.budget import RESOURCES, Target, read_targets
+from mmsmart.budget import RESOURCES, Target, expect_fixed, read_targets
 from mmsmart.functional import TemperatureSchedule
 from mmsmart.latency import LatencyTable, read_table
-from mmsmart.layer_rules import NOfM, read_block
+from mmsmart.layer_rules import NOfM, checked_rules, read_block
 from mmsmart.methods import METHODS, Method
 
 INITIALISATIONS = ('magnitude', 'activation', 'gradient', 'random', 'zero')
@@ -251,14 +251,17 @@ class Smart:
             )
         self.latency_table()
         make_method(self.method, self.method_cfg)
+        rules = checked_rules(self.layers, coupled=self.block == 'channel')
         if self.block != 'channel':
-            read_block('smart.block', self.block)
+            block = read_block('smart.block', self.block)
+            if isinstance(block, NOfM) and not any('block' in rule for rule in rules):
+                whole = [target for target in self.targets() if not target.part]
+                expect_fixed(whole, block.n, block.m)
         if self.round_to != 1 and self.block != 'channel':
             raise ValueError(
                 f'smart.round_to: {self.round_to!r} rounds counts of channels, and needs '
                 "smart.block='channel'."
             )
-
         if self.drop() is not None and self.sparsity is not None:
             raise ValueError(
                 f'smart.max_drop: {self.max_drop!r} finds the sparsity, and smart.sparsity says '

@@ -45,11 +45,7 @@ class SmartRunner(CompleteCheckpoints, Runner):
             ValueError: If `smart` is missing, or one of its values can't be used, or if the types
                 in the config are not those of `default_scope`.
         """
-        smart = _smart_of(cfg)
-        if cfg.get('strategy') is not None:
-            refuse_shards('strategy', cfg['strategy'])
-        SmartPruningHook(**smart.hook_args())
-        smart.optimizer_args()
+        expect_pruning(cfg)
         with scope_named(cfg):
             return super().from_cfg(cfg)
 
@@ -130,6 +126,19 @@ class SmartRunner(CompleteCheckpoints, Runner):
         masked['type'] = _MASKED_WRAPPERS[name]
         masked.update(_smart_of(self.cfg).optimizer_args())
         return masked
+
+
+def expect_pruning(cfg: ConfigDict | Config | dict[str, Any]) -> None:
+    """Check all of a pruning config that can be checked without its model and data.
+
+    Raises:
+        ValueError: As :meth:`SmartRunner.from_cfg`.
+    """
+    smart = _smart_of(cfg)
+    if cfg.get('strategy') is not None:
+        refuse_shards('strategy', cfg['strategy'])
+    SmartPruningHook(**smart.hook_args())
+    smart.optimizer_args()
 
 
 def _smart_of(cfg: ConfigDict | Config | dict[str, Any]) -> Smart:

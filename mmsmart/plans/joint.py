@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mmsmart.blocks import BlockLayer, Excluded
-from mmsmart.budget import Budget, Target
+from mmsmart.budget import Budget, Target, expect_fixed
 from mmsmart.latency import LatencyTable
 from mmsmart.layer_rules import matches
 from mmsmart.plans.blocks import BlockPlan
@@ -178,7 +178,8 @@ def plan_blocks(
         if free:
             plans.append(BlockPlan(free, targets, positions, table, least))
         else:
-            _check_fixed(targets, fixed)
+            for n, m in fixed:  # every layer is one of these
+                expect_fixed(targets, n, m)
     else:
         members = _members(free, list(parts))
         for part, wanted in parts.items():
@@ -216,14 +217,3 @@ def _members(layers: Sequence[BlockLayer], parts: Sequence[str]) -> dict[str, li
                 f'sparsity: the part {part!r} holds no prunable layer. Names look like {names}.'
             )
     return members
-
-
-def _check_fixed(targets: Sequence[Target], fixed: dict[tuple[int, int], list]) -> None:
-    """Where every layer is N of M, a sparsity that N and M do not give is a contradiction."""
-    for n, m in fixed:
-        for target in targets:
-            if abs(target.sparsity - (1 - n / m)) > 1e-9:
-                raise ValueError(
-                    f'sparsity: {target.sparsity} contradicts the block {n}:{m}, which removes '
-                    f'{1 - n / m:g} of every layer. Leave `sparsity` out, or write {1 - n / m:g}.'
-                )

@@ -1,4 +1,4 @@
-"""Runs that several tests look at; they are made once."""
+"""What several tests use; runs that they only look at are made once."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from engine.desks import desk
 from engine.runs import smart_config, train
+
+__all__ = ['desk']
 
 
 @pytest.fixture(scope='session', autouse=True)

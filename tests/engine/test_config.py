@@ -83,6 +83,10 @@ WRONG = {
         ['smart.temperature', "'begin'", "['start', 'end', 'shape']"],
     ),
     'unknown key of a rule': (dict(layers=[dict(name='head')]), ['layers[0]', 'pattern']),
+    'rule of a block beside channels': (
+        dict(block='channel', layers=[dict(pattern='head', block='8x8')]),
+        ['layers[0].block', "block='channel'"],
+    ),
     'unknown method': (dict(method='agb'), ['smart.method', "'agb'", "Did you mean 'agp'?"]),
     'unknown setting of the method': (
         dict(method='agp', method_cfg=dict(intervall=3)),
@@ -209,7 +213,7 @@ def test_settings_wrong_without_a_model_are_refused_before_a_folder_is_made(refu
     needs_the_model = {
         'sparsity that leaves no block', 'block with a zero', 'block above every layer',
         'block as a word', 'pattern without a match', 'everything excluded',
-        'search of no iteration', 'unknown key of a rule',
+        'search of no iteration',
         *WRONG_RUNS,
     } - {'runner without smart'}  # fmt: skip
     assert made - {'log.txt'} <= needs_the_model
