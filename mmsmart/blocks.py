@@ -164,6 +164,8 @@ def find_layers(
     """
     block = read_block('block', block)
     rules = checked_rules(overrides)
+    where = {rule['block']: f'layers[{i}].block' for i, rule in enumerate(rules) if 'block' in rule}
+    where[block] = 'block'
     matched = [False] * len(rules)
     layers: list[BlockLayer] = []
     excluded: list[Excluded] = []
@@ -204,7 +206,7 @@ def find_layers(
         )
     for wanted, users in cut_by.items():
         if not isinstance(wanted, NOfM):
-            _check_size(wanted, users)
+            _check_size(wanted, users, where[wanted])
     return layers, excluded
 
 
@@ -255,12 +257,12 @@ def _block_on_axes(block: Sequence[int], module: nn.Module) -> tuple[int, ...]:
     return (*lead, *ends, *kernel)
 
 
-def _check_size(block: tuple[int, ...], layers: Sequence[BlockLayer]) -> None:
+def _check_size(block: tuple[int, ...], layers: Sequence[BlockLayer], key: str) -> None:
     for axis, entry in enumerate(block):
         sizes = [shape[axis] for shape in map(_written_shape, layers) if axis < len(shape)]
         if sizes and entry > max(sizes):
             raise ValueError(
-                f'block: {entry} in {block} is larger than every layer it applies to (that axis is '
+                f'{key}: {entry} in {block} is larger than every layer it applies to (that axis is '
                 f'at most {max(sizes)}). Choose a smaller block, or -1 for a whole axis.'
             )
 

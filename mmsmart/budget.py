@@ -14,6 +14,9 @@ from mmsmart.functional import Cost, Limit
 
 RESOURCES = ('params', 'macs', 'latency')
 
+# Share by which a sum of latencies, which are no whole numbers, may be off.
+_ROUNDING = 1e-12
+
 
 @dataclass(frozen=True)
 class Target:
@@ -114,11 +117,19 @@ class Budget:
 
     @property
     def limit(self) -> Limit:
-        return Limit(self.cost, self.amount)
+        return self.limit_at(1.0)
 
     def limit_at(self, removed: float) -> Limit:
         """The limit while only this share of what is to be removed is removed; 1 is all of it."""
-        return Limit(self.cost, self.total - removed * (self.total - self.amount))
+        amount = self.total - removed * (self.total - self.amount) if removed < 1 else self.amount
+        if self.target.resource == 'latency':  # the only costs whose sums are rounded
+            amount = min(amount * (1 + _ROUNDING), self.total)
+        return Limit(self.cost, amount)
+
+    def spent(self, mask: Tensor) -> float:
+        """The cost of a mask; what is above the budget by no more than rounding is the budget."""
+        cost = self.cost.of(mask)
+        return self.amount if self.amount < cost <= self.limit.budget else cost
 
     def to(self, device: torch.device) -> Budget:
         return replace(self, cost=self.cost.to(device))

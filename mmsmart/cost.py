@@ -105,15 +105,17 @@ def count_positions(model: nn.Module, forward: Callable[[], Any]) -> dict[str, i
         forward: Runs the model once, on one image.
 
     Returns:
-        Positions by layer name; a layer that was not run has 0.
+        Positions by layer name; a layer that was not run has 0, and one that holds the weight of a
+        layer before it, whose positions are then those of both.
 
     Example:
         >>> net = nn.Conv2d(3, 4, 3)
         >>> count_positions(net, lambda: net(torch.zeros(1, 3, 8, 8)))
         {'': 36}
     """
-    names = {m: n for n, m in model.named_modules() if is_layer(m)}
-    positions = dict.fromkeys(names.values(), 0)
+    layers = {m: n for n, m in model.named_modules() if is_layer(m)}
+    positions, owners = dict.fromkeys(layers.values(), 0), {}
+    names = {m: owners.setdefault(id(m._parameters.get('weight', m)), n) for m, n in layers.items()}
 
     def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if isinstance(module, nn.Linear):

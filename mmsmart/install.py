@@ -12,7 +12,7 @@ from mmsmart.budget import read_targets
 from mmsmart.channels import find_channels
 from mmsmart.dependency import Forward
 from mmsmart.latency import LatencyTable
-from mmsmart.layer_rules import least_densities
+from mmsmart.layer_rules import default_sparsity, least_densities
 from mmsmart.masking import BlockMasks
 from mmsmart.methods import Method
 from mmsmart.plans import ChannelPlan, plan_blocks
@@ -22,7 +22,7 @@ _ATTRIBUTE = 'block_masks'
 
 def install_masks(
     model: nn.Module,
-    sparsity: float | dict[str, Any] = 0.5,
+    sparsity: float | dict[str, Any] | None = None,
     block: Sequence[int] | str = (16, 8, 1, 1),
     layers: Sequence[dict[str, Any]] = (),
     positions: dict[str, int] | None = None,
@@ -37,7 +37,8 @@ def install_masks(
     Args:
         model: Any module with convolutions or linear layers.
         sparsity: Share of the resource to remove, in [0, 1); or a dict by resource, or by part of
-            the model; see :func:`mmsmart.budget.read_targets`.
+            the model; see :func:`mmsmart.budget.read_targets`. If not given, what N of M removes,
+            else one half.
         block: `(out, in, kh, kw)`, -1 for a whole axis, or a string such as '16x8' or '2:4'; see
             :func:`mmsmart.layer_rules.read_block`. Or 'channel': coupled output channels, see
             :func:`mmsmart.channels.find_channels`.
@@ -77,6 +78,7 @@ def install_masks(
             f'{type(model).__name__} has block masks already. Remove them with '
             '`mmsmart.remove_masks(model)` before new ones are installed.'
         )
+    sparsity = default_sparsity(block) if sparsity is None else sparsity
     targets = read_targets(sparsity, resource or ('params' if positions is None else 'macs'))
     for name, needed in (('macs', positions), ('latency', latency)):
         if needed is None and any(target.resource == name for target in targets):

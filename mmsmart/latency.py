@@ -88,7 +88,7 @@ class LatencyTable:
         """
         entries = [self.entry(layer.name) for layer in layers]
         lengths = torch.tensor([layer.num_blocks for layer in layers])
-        each = torch.tensor([entry.block or 0.0 for entry in entries]).double()
+        each = torch.tensor([entry.block or 0.0 for entry in entries], dtype=torch.float64)
         linear = each.repeat_interleave(lengths)
         if all(entry.curve is None and entry.fixed == 0 for entry in entries):
             return LinearCost(linear)

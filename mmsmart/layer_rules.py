@@ -16,6 +16,9 @@ _SHAPE = re.compile(r'(?:\*|[1-9][0-9]*)(?:x(?:\*|[1-9][0-9]*)){1,4}')
 _N_OF_M = re.compile(r'([0-9]+):([0-9]+)')
 
 
+_TOLD = {str: "a name or pattern such as 'backbone.*'", bool: 'True or False'}
+
+
 @dataclass(frozen=True)
 class NOfM:
     """At most `n` of every `m` weights that stand side by side along the input axis are kept."""
@@ -32,9 +35,9 @@ def read_block(key: str, block: Sequence[int] | str) -> Block:
 
     Args:
         key: Config key, for messages.
-        block: `(out, in, kh, kw)`; or a string: '16x8' is (16, 8, 1, 1), '16x8x*x*' is
-            (16, 8, -1, -1), whole kernels; '2:4' keeps at most 2 of every 4 single weights along
-            the input axis.
+        block: `(out, in, kh, kw)`, of which a pair has whole kernels; or a string: '16x8' is
+            (16, 8, 1, 1), '16x8x*x*' is (16, 8, -1, -1), whole kernels; '2:4' keeps at most 2 of
+            every 4 single weights along the input axis.
 
     Raises:
         ValueError: For anything else.
@@ -68,15 +71,31 @@ def read_block(key: str, block: Sequence[int] | str) -> Block:
     return tuple(block)
 
 
+def default_sparsity(block: Sequence[int] | str) -> float:
+    """What is removed where no sparsity is asked for: what N of M removes, else one half.
+
+    Example:
+        >>> default_sparsity('1:4'), default_sparsity((16, 8, 1, 1)), default_sparsity('channel')
+        (0.75, 0.5, 0.5)
+    """
+    read = None if block == 'channel' else read_block('block', block)
+    return 1 - read.n / read.m if isinstance(read, NOfM) else 0.5
+
+
 def checked_rule(index: int, rule: dict[str, Any]) -> dict[str, Any]:
     """The rule, once its keys and values are known to be right."""
     allowed = {'pattern', 'block', 'min_density', 'exclude'}
+    if not isinstance(rule, dict):
+        raise ValueError(f'layers[{index}]: expected a dict with keys of {allowed}, got {rule!r}.')
     unknown = set(rule) - allowed
     if unknown or 'pattern' not in rule or len(rule) < 2:
         raise ValueError(
             f'layers[{index}]: expected `pattern` and at least one of `block`, `min_density` and '
             f'`exclude`, got the keys {sorted(rule)}.'
         )
+    for key, kind in (('pattern', str), ('exclude', bool)):
+        if not isinstance(rule.get(key, kind()), kind):
+            raise ValueError(f'layers[{index}].{key}: expected {_TOLD[kind]}, got {rule[key]!r}.')
     if 'block' in rule:
         rule = {**rule, 'block': read_block(f'layers[{index}].block', rule['block'])}
     density = rule.get('min_density', 0)
@@ -90,6 +109,8 @@ def checked_rule(index: int, rule: dict[str, Any]) -> dict[str, Any]:
 
 def checked_rules(rules: Sequence[dict[str, Any]], coupled: bool = False) -> list[dict[str, Any]]:
     """:func:`checked_rule` of all; with `coupled` channels none of them may name a block."""
+    if not isinstance(rules, (list, tuple)):
+        raise ValueError(f'layers: expected a list of rules, each a dict, got {rules!r}.')
     checked = [checked_rule(index, rule) for index, rule in enumerate(rules)]
     for index, rule in enumerate(checked):
         if coupled and 'block' in rule:

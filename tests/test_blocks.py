@@ -484,6 +484,28 @@ def test_a_rule_with_a_block_larger_than_its_layers_is_refused(net):
     assert 'block: 8 in (8, 4) is larger than every layer it applies to' in message
 
 
+def test_a_block_of_a_rule_is_named_as_the_rules(net):
+    with pytest.raises(ValueError, match=r'^layers\[1\]\.block: 4096 in .* is larger'):
+        find_layers(
+            net, (4, 4, 1, 1),
+            [dict(pattern='*', min_density=0.1), dict(pattern='*', block=(4096, 4, 1, 1))],
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ('rules', 'message'),
+    [
+        (dict(pattern='*', exclude=True), 'layers: expected a list of rules'),
+        (['*'], r"layers\[0\]: expected a dict .* got '\*'"),
+        ([dict(pattern=3, exclude=True)], r'layers\[0\]\.pattern: expected a name .* got 3'),
+        ([dict(pattern='*', exclude='no')], r"layers\[0\]\.exclude: expected True .* got 'no'"),
+    ],
+)
+def test_a_rule_of_another_kind_is_refused(net, rules, message):
+    with pytest.raises(ValueError, match=message):
+        find_layers(net, (4, 4, 1, 1), rules)
+
+
 def test_a_rule_that_matches_nothing_is_refused_with_names_to_choose_from(net):
     message = refusal(net, (4, 4), [dict(pattern='neck.*', exclude=True)])
     assert "layers: the pattern 'neck.*' matches no layer" in message

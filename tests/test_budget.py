@@ -114,6 +114,14 @@ def test_a_layer_used_twice_counts_twice():
     assert count_macs(model, positions) == 9 * 80
 
 
+def test_two_layers_with_one_weight_count_as_the_first():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4))
+    model[1].weight = model[0].weight
+    run = lambda: model[2](model[1](model[1](torch.zeros(1, 8))))  # noqa: E731
+    assert count_positions(model, run) == {'0': 2, '1': 0, '2': 1}
+    assert count_macs(model, count_positions(model, run)) == 2 * 64 + 32
+
+
 def test_a_layer_that_is_not_run_counts_nothing():
     model = nn.ModuleDict({'used': nn.Linear(3, 3), 'unused': nn.Linear(3, 3)})
     positions = count_positions(model, lambda: model['used'](torch.zeros(1, 3)))

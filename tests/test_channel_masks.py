@@ -426,3 +426,25 @@ def test_a_sparsity_that_leaves_no_lot_of_each_group_is_refused(sparsity, round_
     ):
         installed(model, sparsity=sparsity, round_to=round_to)
     assert masks_of(model) is None
+
+
+@pytest.mark.parametrize('groups', [8, 4])
+def test_a_grouped_transposed_convolution_without_a_norm_is_masked_by_whole_groups(groups):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.ConvTranspose2d(8, 8, 4, 2, 1, groups=groups), nn.ReLU(), nn.Conv2d(8, 4, 3),
+    ).double()  # fmt: skip
+    images = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    masks = install_masks(model, 0.4, block='channel', forward=lambda net: [net(images[:1])])
+    masks.begin(torch.randn(masks.num_blocks), temperature=1.0)
+    for temperature in (1.0, 0.1):
+        model(images).square().mean().backward()
+        with masks.latent_weights(temperature):
+            torch.optim.SGD(model.parameters(), lr=0.1).step()
+        model.zero_grad()
+    masks.harden()
+    small = copy.deepcopy(model).eval()
+    cut_channels(small, masks.plan.kept_channels(masks.mask().bool()))
+    assert small[3].weight.shape[0] < 8
+    torch.testing.assert_close(small(images), model.eval()(images))

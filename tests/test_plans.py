@@ -146,6 +146,30 @@ def test_a_budget_of_what_was_not_measured_is_refused(needed):
         install_masks(net(), {needed: 0.5})
 
 
+TENTHS = {
+    'blocks': (0.3, [dict(pattern='*', block=0.21, fixed=1.75)]),
+    'curves': (0.7, [dict(pattern='0', curve=[[0, 0], [1, 6.3]]),
+                     dict(pattern='1', curve=[[0, 0], [1, 0.7]])]),
+    'longer curves': (0.3, [dict(pattern='0', curve=[[0, 0], [1, 9.0]]),
+                            dict(pattern='1', curve=[[0, 0], [1, 1.0]])]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('kind', TENTHS)
+@pytest.mark.parametrize('seed', range(8))
+def test_latencies_that_are_no_binary_fractions_are_met_to_a_block(kind, seed):
+    torch.manual_seed(seed)
+    sparsity, entries = TENTHS[kind]
+    model = nn.ModuleList([nn.Linear(40, 36), nn.Linear(40, 4)])  # 90 and 10 blocks, of one price
+    table = read_table(dict(layers=entries))
+    masks = install_masks(model, sparsity, block=(4, 4), resource='latency', latency=table)
+    masks.begin(torch.randn(masks.num_blocks), temperature=1.0)
+    masks.harden()
+    # Of blocks, 3.5 of the 24.5 is spent on none of them.
+    assert int(masks.mask().sum()) == {'blocks': 65, 'curves': 30, 'longer curves': 70}[kind]
+    assert masks.kept_cost() <= masks.budget < masks.kept_cost() + masks.next_block_cost()
+
+
 def test_layers_that_a_prediction_does_not_run_stay_dense_under_macs():
     model = net()
     masks = install_masks(model, dict(params=0.5, macs=0.5), (2, 2, 1, 1),
@@ -379,6 +403,12 @@ def test_n_of_m_beside_blocks_leaves_the_budget_to_the_blocks():
     assert blocks.total == total - 14 * 9 and blocks.amount == pytest.approx(0.4 * blocks.total)
     assert (pattern.target.part, pattern.amount) == ('2:4', 9 * (3 * 2 + 2))
     assert all(bool((counts == 2).all()) for counts in groups_of(model.head.weight, 4))
+
+
+def test_without_a_sparsity_n_of_m_removes_what_it_removes():
+    masks = install_masks(nn.Linear(8, 8), block='1:4')
+    assert masks.sparsity == 0.75
+    assert install_masks(nn.Linear(8, 8), block=(2, 2)).sparsity == 0.5
 
 
 def test_a_sparsity_that_n_of_m_does_not_give_is_a_contradiction():

@@ -14,7 +14,7 @@ from typing import Any
 from mmsmart.budget import RESOURCES, Target, expect_fixed, read_targets
 from mmsmart.functional import TemperatureSchedule
 from mmsmart.latency import LatencyTable, read_table
-from mmsmart.layer_rules import NOfM, checked_rules, read_block
+from mmsmart.layer_rules import NOfM, checked_rules, default_sparsity, read_block
 from mmsmart.methods import METHODS, Method
 
 INITIALISATIONS = ('magnitude', 'activation', 'gradient', 'random', 'zero')
@@ -293,11 +293,8 @@ class Smart:
         )
 
     def removed(self) -> float | dict[str, Any]:
-        """`sparsity`, or what stands for it: what N of M removes, else one half."""
-        if self.sparsity is not None:
-            return self.sparsity
-        block = 'channel' if self.block == 'channel' else read_block('smart.block', self.block)
-        return 1 - block.n / block.m if isinstance(block, NOfM) else 0.5
+        """`sparsity`, or what stands for it."""
+        return default_sparsity(self.block) if self.sparsity is None else self.sparsity
 
     def targets(self) -> list[Target]:
         """What to remove, by part and resource."""

@@ -13,6 +13,7 @@ from mmsmart.budget import read_targets
 from mmsmart.engine.calibration import traced
 from mmsmart.install import install_masks
 from mmsmart.latency import LatencyTable, read_table
+from mmsmart.layer_rules import default_sparsity
 from mmsmart.registry import MODELS
 from mmsmart.shrink import read_structure, shrink
 
@@ -21,7 +22,7 @@ from mmsmart.shrink import read_structure, shrink
 @MODELS.register_module(['SmartModel', 'SmartClassifier', 'SmartDetector', 'SmartSegmentor'])
 def SmartModel(
     model: dict[str, Any] | nn.Module,
-    sparsity: float | dict[str, Any] = 0.5,
+    sparsity: float | dict[str, Any] | None = None,
     block: Sequence[int] | str = (16, 8, 1, 1),
     resource: str = 'params',
     latency: LatencyTable | str | dict[str, Any] | None = None,
@@ -43,6 +44,7 @@ def SmartModel(
         data_preprocessor: Handed on; a `Runner` gives what its config has beside the model.
         pruning: `layers` and `round_to` of :func:`mmsmart.install_masks`.
     """
+    sparsity = default_sparsity(block) if sparsity is None else sparsity
     needs_macs = any(target.resource == 'macs' for target in read_targets(sparsity, resource))
     if latency is not None and not isinstance(latency, LatencyTable):
         latency = read_table(latency)

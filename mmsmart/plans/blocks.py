@@ -153,7 +153,7 @@ class BlockPlan(LayerPlan):
 
     def spent(self, mask: Tensor) -> list[float]:
         """What a mask spends of each of :attr:`budgets`."""
-        return [budget.cost.of(mask) for budget in self.budgets]
+        return [budget.spent(mask) for budget in self.budgets]
 
     def next_cost(self, importance: Tensor, kept: Tensor) -> list[float]:
         """What the most important of the pruned blocks would cost; 0 if nothing is pruned."""

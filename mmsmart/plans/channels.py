@@ -23,7 +23,7 @@ from mmsmart.functional import (
 )
 from mmsmart.importance import standardised
 from mmsmart.latency import LatencyTable
-from mmsmart.shrink import Kept, out_axis
+from mmsmart.shrink import TRANSPOSED, Kept, is_grouped, out_axis
 
 _UNITS = {'params': 'parameters', 'macs': 'MACs'}
 
@@ -116,15 +116,19 @@ class ChannelPlan:
     def weights(self) -> list[nn.Parameter]:
         return [parameter for _, parameter, _ in self._carried()]
 
-    def _carried(self) -> list[tuple[ChannelLayer, nn.Parameter, int]]:
-        """Layer, parameter, and the axis of it that runs over the layer's output channels."""
+    def _carried(self) -> list[tuple[Tensor, nn.Parameter, int]]:
+        """Units, parameter, and the axis of it that runs over the channels of these units."""
         found = []
         for layer in self._carriers:
             module = layer.module
-            axis = out_axis(module) if module.weight.ndim > 1 else 0
-            found.append((layer, module.weight, axis))
+            if is_grouped(module) and isinstance(module, TRANSPOSED):
+                # The second axis holds the channels of one group; groups leave whole.
+                found.append((layer.in_, module.weight, 0))
+            else:
+                axis = out_axis(module) if module.weight.ndim > 1 else 0
+                found.append((layer.out, module.weight, axis))
             if module.bias is not None:
-                found.append((layer, module.bias, 0))
+                found.append((layer.out, module.bias, 0))
         return found
 
     def follow(self, device: torch.device) -> None:
@@ -132,8 +136,8 @@ class ChannelPlan:
 
     def spread(self, mask: Tensor) -> Iterator[Tensor]:
         with_rest = torch.cat([mask, mask.new_ones(1)])  # -1, the last: a channel that stays
-        for layer, parameter, axis in self._carried():
-            values = with_rest[layer.out.to(mask.device)]
+        for units, parameter, axis in self._carried():
+            values = with_rest[units.to(mask.device)]
             yield values.reshape([-1 if i == axis else 1 for i in range(parameter.ndim)])
 
     def scale(self, latent: Sequence[Tensor], mask: Tensor, out: Sequence[Tensor]) -> None:
@@ -145,13 +149,14 @@ class ChannelPlan:
     ) -> Tensor:
         grad_mask = torch.zeros(self.num_blocks, device=mask.device)
         carried = zip(self._carried(), self.spread(mask), latent, grads)
-        for (layer, _, axis), factor, w, grad in carried:
+        for (units, _, axis), factor, w, grad in carried:
             if grad is None:
                 continue
             others = [i for i in range(w.ndim) if i != axis]
             sums = (w * grad).sum(dim=others) if others else w * grad
-            masked = (layer.out >= 0).to(mask.device)
-            grad_mask.index_add_(0, layer.out.to(mask.device)[masked], sums.to(mask.dtype)[masked])
+            units = units.to(mask.device)
+            masked = units >= 0
+            grad_mask.index_add_(0, units[masked], sums.to(mask.dtype)[masked])
             grad.mul_(factor)
         return grad_mask
 
@@ -178,7 +183,7 @@ class ChannelPlan:
         return self._topk(importance, removed)[0]
 
     def spent(self, mask: Tensor) -> list[float]:
-        return [budget.cost.of(mask) for budget in self.budgets]
+        return [budget.spent(mask) for budget in self.budgets]
 
     def next_cost(self, importance: Tensor, kept: Tensor) -> list[float]:
         _, following = self._topk(importance)
