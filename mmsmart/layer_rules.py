@@ -71,14 +71,14 @@ def read_block(key: str, block: Sequence[int] | str) -> Block:
     return tuple(block)
 
 
-def default_sparsity(block: Sequence[int] | str) -> float:
+def default_sparsity(block: Sequence[int] | str, key: str = 'block') -> float:
     """What is removed where no sparsity is asked for: what N of M removes, else one half.
 
     Example:
         >>> default_sparsity('1:4'), default_sparsity((16, 8, 1, 1)), default_sparsity('channel')
         (0.75, 0.5, 0.5)
     """
-    read = None if block == 'channel' else read_block('block', block)
+    read = None if block == 'channel' else read_block(key, block)
     return 1 - read.n / read.m if isinstance(read, NOfM) else 0.5
 
 

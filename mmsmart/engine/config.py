@@ -294,7 +294,9 @@ class Smart:
 
     def removed(self) -> float | dict[str, Any]:
         """`sparsity`, or what stands for it."""
-        return default_sparsity(self.block) if self.sparsity is None else self.sparsity
+        if self.sparsity is None:
+            return default_sparsity(self.block, 'smart.block')
+        return self.sparsity
 
     def targets(self) -> list[Target]:
         """What to remove, by part and resource."""
