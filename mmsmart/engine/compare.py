@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from mmengine.config import Config
+from mmengine.logging import MMLogger
 
 from mmsmart.compare import Job, found
 from mmsmart.engine.runner import expect_pruning
@@ -49,13 +52,26 @@ def _read(jobs: Sequence[Job]) -> dict[str, Any]:
         options = [job.options for job in jobs]
         file.write_text(f'_base_ = [{str(found(first.config))!r}]\n{_OPTIONS} = {options!r}\n')
         try:
-            return dict(Config.fromfile(file, import_custom_modules=False)._cfg_dict)
+            with _quiet():
+                return dict(Config.fromfile(file, import_custom_modules=False)._cfg_dict)
         except Exception as error:  # a config is code, and can fail of anything
             key = 'dense' if first.method is None else 'config'
             raise ValueError(
                 f'tasks.{first.task}.{key}: {first.config} can not be read: '
                 f'{type(error).__name__}: {error}'
             ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Inside, MMEngine does not tell of every environment variable that a config names."""
+    logger = MMLogger.get_current_instance()
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _place(job: Job) -> str:

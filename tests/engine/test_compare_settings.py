@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from mmengine.config import Config
+from mmengine.logging import MMLogger
 
 from engine.desks import SUITE
 from mmsmart.compare import jobs_of, suite_of
@@ -38,6 +39,20 @@ def checked(tmp_path, monkeypatch):
         expect_valid(jobs_of(suite_of({**SUITE, **grid, **changes}, 'trial')))
 
     return check
+
+
+def test_checking_tells_nothing_of_the_environment(checked, monkeypatch):
+    told = []
+    logger = MMLogger.get_current_instance()
+    monkeypatch.setattr(logger, 'handle', lambda record: told.append(record.getMessage()))
+    monkeypatch.setenv('WIDTH', '3')
+    Path('net.py').write_text(CONFIG + "width = '{{$WIDTH:4}}'\n")
+    Config.fromfile('net.py')
+    assert len(told) == 1 and 'Using env variable `WIDTH`' in told[0]
+    checked()
+    assert len(told) == 1
+    Config.fromfile('net.py')
+    assert len(told) == 2
 
 
 @pytest.mark.parametrize(
