@@ -53,6 +53,17 @@ def wrapped(**settings: Any) -> Feature:
     return Feature(dict(model_wrapper_cfg=settings))
 
 
+def in_32_pixels(config: dict[str, Any]) -> dict[str, Any]:
+    """No strided 3x3 convolution over a map of one pixel.
+
+    Of its weight torch 2.11 gives, in bfloat16 on a CPU, a gradient out of memory that nothing was
+    written to, masks or not.
+    """
+    for part in ('train', 'val', 'test'):
+        config[f'{part}_dataloader']['dataset']['pipeline'][0]['scale'] = 32
+    return config
+
+
 def last_checkpoint(work_dir: Path) -> dict[str, Any]:
     name = (work_dir / 'last_checkpoint').read_text()
     return torch.load(name, weights_only=False)
@@ -101,6 +112,7 @@ FEATURES = {
     'bf16': Feature(
         dict(optim_wrapper=dict(**AMP, dtype='bfloat16', loss_scale=1.0)),
         lambda work_dir, notes: 'loss_scaler' in last_checkpoint(work_dir)['optimizer'],
+        whole=in_32_pixels,
     ),
     'EMA': averaged('ExponentialMovingAverage', momentum=0.1),
     'EMA, annealed': averaged('MomentumAnnealingEMA', gamma=10, momentum=0.1, update_buffers=True),
@@ -219,8 +231,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path, name, world):
     ]
     assert -9 in deaths  # the others may have missed it before their turn
     train_on(world, killed, resume=True)
-    if name != 'bf16':  # of which torch's kernels on a CPU do not compute the same twice
-        assert_same_pruning(tmp_path / 'through', tmp_path / 'killed')
+    assert_same_pruning(tmp_path / 'through', tmp_path / 'killed')
     figures = report(tmp_path / 'killed')
     assert figures['kept'] <= figures['budget'] < figures['kept'] + figures['next_block_cost']
 
