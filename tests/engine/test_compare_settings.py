@@ -71,6 +71,8 @@ def test_checking_tells_nothing_of_the_environment(checked, monkeypatch):
 def test_settings_that_are_right_beside_those_of_the_config_pass(checked, method):
     Path('table.yaml').write_text("layers: [{pattern: '*', block: 2.0}]")
     checked(method=method)
+    with pytest.raises(ValueError, match="unknown key 'sparsty'"):  # it was looked at
+        checked(method={**method, 'sparsty': 0.5})
 
 
 @pytest.mark.parametrize(
@@ -109,7 +111,10 @@ def test_blocks_that_contradict_what_else_is_asked_for_are_refused(checked, bloc
 
 
 def test_a_rule_of_another_block_leaves_the_sparsity_to_be_met_beside_two_of_four(checked):
-    checked({'smart.layers': [{'pattern': 'head', 'block': '4x4'}]}, blocks=['2:4'])
+    rule = {'pattern': 'head', 'block': '4x4'}
+    checked({'smart.layers': [rule]}, blocks=['2:4'])
+    with pytest.raises(ValueError, match='contradicts the block 2:4'):
+        checked(blocks=['2:4'])
 
 
 def test_an_option_that_can_not_be_merged_into_the_config_is_refused(checked):
