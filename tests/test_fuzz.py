@@ -207,7 +207,7 @@ def try_to_read(kind: Format, path: Path, data: bytes) -> str | None:
     return message.partition(str(path))[2].lstrip(': ')
 
 
-def fuzz(name: str, folder: Path, examples: int) -> None:
+def assert_read_or_refused(name: str, folder: Path, examples: int) -> None:
     kind = FORMATS[name](folder)
     path = folder / kind.name
     assert try_to_read(kind, path, kind.encode(kind.tree)) is None, 'the right file is read'
@@ -248,10 +248,10 @@ def fuzz(name: str, folder: Path, examples: int) -> None:
 
 @pytest.mark.parametrize('name', FORMATS)
 def test_eighty_changed_files_are_read_or_refused_by_their_field(tmp_path, name):
-    fuzz(name, tmp_path, EVERY_DAY)
+    assert_read_or_refused(name, tmp_path, EVERY_DAY)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', FORMATS)
 def test_ten_thousand_changed_files_are_read_or_refused_by_their_field(tmp_path, name):
-    fuzz(name, tmp_path, SLOW)
+    assert_read_or_refused(name, tmp_path, SLOW)
